@@ -1,0 +1,119 @@
+"""Wires the rooms together: `build(args)` is the `import_path` of serve_config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from balancer.board import board_path
+from balancer.policies import Knobs
+from balancer.route_service import RouteService
+from deployments import device
+from deployments.config import ServeArgs, parse_args
+from deployments.device_manager import DeviceManager
+from deployments.processes import RUN_VARIABLE
+from deployments.replica import Replica
+
+# Serve's own limits would refuse before the policy has spoken; how many a replica takes is the balancer's decision.
+_UNLIMITED = 1_000_000
+_STOP_WITHIN_S = 5.0
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The Serve application for these arguments. Raises ConfigError, in one sentence, before anything starts."""
+    config = parse_args(args)
+    on = device.resolve(config)
+    board = board_path(os.environ.get(RUN_VARIABLE, "default"))
+    haproxy = haproxy_enabled()
+    manager = _manager(config, str(board))
+    app = _replicas(config, on, haproxy, str(board)).bind(args, str(board), haproxy, manager)
+    return attach_router(app, _router(config, str(board))) if haproxy else app
+
+
+def haproxy_enabled() -> bool:
+    """Whether Serve was started with HAProxy as its ingress."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def attach_router(app: serve.Application, router: serve.Application) -> serve.Application:
+    """Make Serve's HAProxy ask `router` where each POST goes: the one place that uses a hook internal to Ray (2.60).
+
+    Raises RuntimeError when a Ray upgrade took the hook away; the plain Serve proxy still works then.
+    """
+    if not hasattr(app, "_with_ingress_request_router"):
+        raise RuntimeError(
+            "this Ray has no `_with_ingress_request_router`, by which HAProxy asks the balancer; "
+            "install ray==2.60.0, or run with `--plain` to use Serve's own proxy"
+        )
+    return app._with_ingress_request_router(router)
+
+
+def haproxy_socket() -> Path:
+    """Where this node's HAProxy takes administration commands; Serve puts the node's id into the path."""
+    from ray.serve._private.constants import RAY_SERVE_HAPROXY_SOCKET_PATH
+
+    path = Path(RAY_SERVE_HAPROXY_SOCKET_PATH)
+    return path.parent / ray.get_runtime_context().get_node_id() / path.name
+
+
+def _replicas(config: ServeArgs, on: str, haproxy: bool, board: str) -> serve.Deployment:
+    options: dict[str, Any] = {}
+    if not haproxy:
+        options["request_router_config"] = RequestRouterConfig(
+            request_router_class="balancer.router:BoardRouter",
+            request_router_kwargs={"board_path": board, "knobs": dataclasses.asdict(config.balancer.knobs())},
+        )
+    return serve.deployment(
+        Replica,
+        name="Replica",
+        num_replicas=config.replicas,
+        max_ongoing_requests=_UNLIMITED,
+        graceful_shutdown_timeout_s=_STOP_WITHIN_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=5,
+        ray_actor_options={"num_cpus": 0, "num_gpus": 1 / config.replicas if on == "gpu" else 0},
+        **options,
+    )
+
+
+def _manager(config: ServeArgs, board: str) -> serve.Application:
+    deployment = serve.deployment(
+        DeviceManager, name="DeviceManager", graceful_shutdown_timeout_s=_STOP_WITHIN_S, ray_actor_options={"num_cpus": 0}
+    )
+    return deployment.bind(board, config.monitoring.model_dump())
+
+
+def _router(config: ServeArgs, board: str) -> serve.Application:
+    # Its work is one short function: a thread of its own for it would only add a hop to every decision.
+    environment = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
+    deployment = serve.deployment(
+        Router,
+        name="Router",
+        max_ongoing_requests=_UNLIMITED,
+        graceful_shutdown_timeout_s=_STOP_WITHIN_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+    )
+    return deployment.bind(board, dataclasses.asdict(config.balancer.knobs()))
+
+
+@serve.ingress()
+class Router:
+    """The route service as a Serve deployment, one per proxy node."""
+
+    async def __init__(self, board: str, knobs: dict[str, Any]) -> None:
+        self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket())
+
+    async def __serve_build_asgi_app__(self) -> RouteService:
+        await self._service.start()
+        return self._service
+
+    async def __del__(self) -> None:
+        await self._service.close()

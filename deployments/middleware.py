@@ -1,0 +1,107 @@
+"""Around vLLM's application: counts what comes and goes, answers what the router turned away, names who served."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from balancer.ticket import DIRECT, HEADER, Ticket
+from deployments.slot import Slot
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PROBE_PATH = "/splitwiser/probe"
+_HEADER = HEADER.encode()
+_DIRECT = DIRECT.policy.encode()
+
+
+class Door:
+    """An ASGI application in front of `app`.
+
+    `tickets_required`: HAProxy is in front, so a POST without a router's ticket slipped past the policy. That happens
+    for about a second after start, while HAProxy knows the replicas but not yet the router; such a request is
+    refused with 503 and `Retry-After`, so that whatever is answered was routed by the policy.
+    """
+
+    def __init__(self, app: App, slot: Slot, name: str, policy: str, tickets_required: bool) -> None:
+        self._app = app
+        self._slot = slot
+        self._name = name.encode()
+        self._policy = policy
+        self._tickets_required = tickets_required
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["method"] != "POST":
+            await self._app(scope, receive, self._signed(send, "none"))
+        else:
+            await self._post(scope, receive, send)
+
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ticket = self._ticket(scope)
+        if ticket is None:
+            await _answer(send, *_error(503, "starting", "the router is not connected yet; try again", 1.0))
+            return
+        signed = self._signed(send, ticket.policy)
+        self._slot.received(ticket)
+        try:
+            await self._serve(ticket, scope, receive, signed)
+        finally:
+            self._slot.finished(ticket)
+
+    async def _serve(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+        if ticket.status != 200:
+            await _answer(send, *_error(ticket.status, ticket.reason, _REASONS[ticket.status], ticket.retry_after_s))
+        elif ticket.probe:
+            reply = {"replica": self._name.decode()} if scope["path"] == PROBE_PATH else {}
+            await _answer(send, 200 if reply else 400, reply, [])
+        else:
+            await self._app(scope, receive, send)
+
+    def _ticket(self, scope: Scope) -> Ticket | None:
+        text = next((value for name, value in scope["headers"] if name == _HEADER), None)
+        if text == _DIRECT:
+            return DIRECT
+        if text is not None:
+            try:
+                return Ticket.decode(text.decode("latin-1"))
+            except ValueError:
+                return None
+        return None if self._tickets_required else Ticket(self._policy, "proxy")
+
+    def _signed(self, send: Send, policy: str) -> Send:
+        headers = [(b"x-splitwiser-replica", self._name), (b"x-splitwiser-policy", policy.encode())]
+
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *headers]
+            await send(message)
+
+        return signed
+
+
+_REASONS = {
+    429: "the server is full; try again later",
+    503: "no replica can take the request now; try again later",
+}
+
+
+def _error(status: int, reason: str, message: str, retry_after_s: float) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
+    kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": reason}}
+    return status, body, [(b"retry-after", str(max(1, math.ceil(retry_after_s))).encode())]
+
+
+async def _answer(send: Send, status: int, body: Any, headers: list[tuple[bytes, bytes]]) -> None:
+    payload = json.dumps(body).encode()
+    length = (b"content-length", str(len(payload)).encode())
+    start = {"type": "http.response.start", "status": status}
+    await send({**start, "headers": [(b"content-type", b"application/json"), length, *headers]})
+    await send({"type": "http.response.body", "body": payload})

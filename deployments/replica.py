@@ -1,0 +1,76 @@
+"""One replica: a vLLM engine of its own behind vLLM's own OpenAI application, and its slot on the board."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from balancer.readings import ReplicaState
+from deployments import engine, start_order
+from deployments.config import ServeArgs, parse_args
+from deployments.demo_model import ensure_demo_model, is_demo
+from deployments.device_manager import DeviceManager
+from deployments.middleware import Door
+from deployments.processes import ENGINE_VARIABLE
+from deployments.slot import Slot, stat_logger
+
+
+@serve.ingress()
+class Replica:
+    """Ray Serve's replica: the application's arguments, the board's path, whether HAProxy is in front, the manager."""
+
+    async def __init__(
+        self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: DeploymentHandle[DeviceManager]
+    ) -> None:
+        self._args: ServeArgs = parse_args(raw_args)
+        self._haproxy = haproxy
+        self._context = serve.get_replica_context()
+        self._slot = Slot(Path(board_path), self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
+        self._beat = asyncio.create_task(self._slot.beat())
+        self._say("waiting for its turn to start")
+        async with start_order.turn(Path(f"{board_path}.start")):
+            await self._start_engine()
+
+    async def _start_engine(self) -> None:
+        began_s = time.monotonic()
+        self._say("loading weights and starting the engine")
+        os.environ[ENGINE_VARIABLE] = "1"
+        path = str(ensure_demo_model()) if is_demo(self._args.model) else self._args.model
+        self._namespace = engine.server_arguments(self._args, path)
+        self._engine = engine.start_engine(self._namespace, [stat_logger(self._slot)])
+        self._say(f"ready in {time.monotonic() - began_s:.1f} s")
+
+    async def __serve_build_asgi_app__(self) -> Door:
+        app = await engine.build_openai_app(self._engine, self._namespace)
+        self._slot.set_state(ReplicaState.READY)
+        policy = self._args.balancer.policy
+        return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when its engine is dead."""
+        try:
+            await self._engine.check_health()
+        except Exception:
+            self._slot.set_state(ReplicaState.FAILED)
+            raise
+
+    async def __del__(self) -> None:
+        self._slot.set_state(ReplicaState.DRAINING)
+        self._beat.cancel()
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+        self._slot.close()
+
+    def _say(self, what: str) -> None:
+        print(f"replica {self._context.rank.rank + 1}/{self._args.replicas}: {what}", flush=True)
+
+
+def _gpu_index() -> int:
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return int(first) if first.isdigit() else 0

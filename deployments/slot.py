@@ -1,0 +1,137 @@
+"""A replica's slot on the board, kept true: at every request, at every engine step, and four times a second anyway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from balancer.board import Board, SlotFields, SlotWriter
+from balancer.readings import ReplicaState
+from balancer.ticket import Ticket
+
+HEARTBEAT_S = 0.25
+# One step in eight moves the published step time: steady enough to compare replicas, quick enough to see a change.
+_STEP_SMOOTHING = 0.125
+
+
+class Slot:
+    """Everything the balancer knows of this replica passes through here; used from one event loop only."""
+
+    def __init__(self, path: Path, replica_id: str, gpu: int, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._replica_id = replica_id
+        self._clock = clock
+        self._board = Board.open(path)
+        self._writer: SlotWriter = self._board.claim_slot(replica_id)
+        self._last_step_s: float | None = None
+        self.fields.gpu = gpu
+        self.publish()
+
+    @property
+    def index(self) -> int:
+        return self._writer.index
+
+    @property
+    def fields(self) -> SlotFields:
+        return self._writer.fields
+
+    def publish(self) -> None:
+        self._writer.publish(self._clock())
+
+    def set_state(self, state: ReplicaState) -> None:
+        self.fields.state = state
+        self.publish()
+
+    def received(self, ticket: Ticket) -> None:
+        """A request has come in."""
+        self.fields.received_total += 1
+        self.fields.in_flight_requests += 1
+        self.fields.in_flight_tokens += ticket.tokens
+        if ticket.row >= 0:
+            self._writer.received_by_router[ticket.row] += 1
+        self.publish()
+
+    def finished(self, ticket: Ticket) -> None:
+        """A request has been answered, refused or abandoned: every `received` is followed by exactly one of these."""
+        self.fields.finished_total += 1
+        self.fields.in_flight_requests -= 1
+        self.fields.in_flight_tokens -= ticket.tokens
+        self.publish()
+
+    def engine_ready(self, blocks: int, block_tokens: int, max_running_requests: int) -> None:
+        """What the engine found room for."""
+        self.fields.kv_blocks_total = blocks
+        self.fields.kv_block_tokens = block_tokens
+        self.fields.max_running_requests = max_running_requests
+        self.publish()
+
+    def step(self, running: int, waiting: int, kv_ratio: float, prompt: int, output: int, preempted: int) -> None:
+        """One engine step, as vLLM's statistics tell it."""
+        fields = self.fields
+        fields.running_requests = running
+        fields.waiting_requests = waiting
+        fields.kv_blocks_used = round(kv_ratio * fields.kv_blocks_total)
+        fields.prompt_tokens_total += prompt
+        fields.output_tokens_total += output
+        fields.preemptions_total += preempted
+        self._measure_step(busy=running > 0)
+        self.publish()
+
+    async def beat(self) -> None:
+        """Publish four times a second, so that silence means a dead or stuck replica; move if the board was replaced."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            if self._board.replaced():
+                self._move()
+            self.publish()
+
+    def close(self) -> None:
+        self._writer.release()
+        self._board.leave()
+
+    def _measure_step(self, busy: bool) -> None:
+        now_s = self._clock()
+        if self._last_step_s is not None:
+            taken_s = now_s - self._last_step_s
+            old_s = self.fields.step_time_s or taken_s
+            self.fields.step_time_s = old_s + _STEP_SMOOTHING * (taken_s - old_s)
+        self._last_step_s = now_s if busy else None
+
+    def _move(self) -> None:
+        fields, received = self._writer.fields, self._writer.received_by_router
+        self._board.close()
+        self._board = Board.open(self._path)
+        self._writer = self._board.claim_slot(self._replica_id)
+        self._writer.fields, self._writer.received_by_router = fields, received
+
+
+def stat_logger(slot: Slot) -> Any:
+    """A vLLM stat logger factory whose loggers write engine steps into `slot`."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class SlotLogger(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self._config = vllm_config
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        ) -> None:
+            if scheduler_stats is None:
+                return
+            done = iteration_stats
+            slot.step(
+                running=scheduler_stats.num_running_reqs,
+                waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                kv_ratio=scheduler_stats.kv_cache_usage,
+                prompt=done.num_prompt_tokens if done else 0,
+                output=done.num_generation_tokens if done else 0,
+                preempted=done.num_preempted_reqs if done else 0,
+            )
+
+        def log_engine_initialized(self) -> None:
+            cache, scheduler = self._config.cache_config, self._config.scheduler_config
+            slot.engine_ready(cache.num_gpu_blocks or 0, cache.block_size, scheduler.max_num_seqs)
+
+    return SlotLogger
