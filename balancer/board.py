@@ -71,8 +71,12 @@ class Owner:
     start_ticks: int
 
     @staticmethod
+    def of(pid: int) -> Owner:
+        return Owner(pid, process_start_ticks(pid) or 0)
+
+    @staticmethod
     def me() -> Owner:
-        return Owner(os.getpid(), process_start_ticks(os.getpid()) or 0)
+        return Owner.of(os.getpid())
 
     def alive(self) -> bool:
         return self.pid > 0 and process_start_ticks(self.pid) == self.start_ticks

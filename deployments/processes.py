@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import psutil
 
-from balancer.board import Owner
+from balancer.board import Owner, process_start_ticks
 
 # Inherited by everything a run starts (Ray, HAProxy, engines, the MPS daemon), so that whatever lost its parent can
 # still be told to be ours.
@@ -33,13 +33,14 @@ def run_alive(run_id: str) -> bool:
     return pid.isdigit() and ticks.isdigit() and Owner(int(pid), int(ticks)).alive()
 
 
-def runs() -> dict[str, list[psutil.Process]]:
-    """Every process of this user that carries a run's mark, by run. The asking process itself is left out."""
-    found: dict[str, list[psutil.Process]] = {}
-    for process in psutil.process_iter():
-        if process.pid != os.getpid() and (run_id := _mark(process)):
-            found.setdefault(run_id, []).append(process)
-    return found
+def of_run(run_id: str, session: Owner | None) -> list[psutil.Process]:
+    """Every process of this user that belongs to a run: it carries the run's mark, or is in the run's session.
+
+    Neither alone finds all: processes that set their title wipe the mark, and daemons leave the session. `session` is
+    the session's leader as it was at the start; a recycled number is recognised by another start time.
+    """
+    session_id = session.pid if session and process_start_ticks(session.pid) in (None, session.start_ticks) else None
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and _belongs(p, run_id, session_id)]
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> list[psutil.Process]:
@@ -49,6 +50,17 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> list[psutil.Proc
     alive = [p for p in alive if _signal(p, signal.SIGKILL)]
     _, alive = psutil.wait_procs(alive, timeout=2.0)
     return list(alive)
+
+
+def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.Process]:
+    """End what belongs to a run, again while its dying processes start others; returns what lives even so."""
+    left: list[psutil.Process] = []
+    for _ in range(3):
+        left = of_run(run_id, session)
+        if not left:
+            break
+        end(left, grace_s)
+    return [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def name_of(process: psutil.Process) -> str:
@@ -78,13 +90,13 @@ def _watch_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _mark(process: psutil.Process) -> str:
+def _belongs(process: psutil.Process, run_id: str, session_id: int | None) -> bool:
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return ""
-        return str(process.environ().get(RUN_VARIABLE, ""))
+        if process.status() == psutil.STATUS_ZOMBIE or process.uids().real != os.getuid():
+            return False
+        return os.getsid(process.pid) == session_id or process.environ().get(RUN_VARIABLE) == run_id
     except (psutil.Error, OSError):
-        return ""  # another user's process, or gone: not ours to end
+        return False  # it ended while being looked at
 
 
 def _signal(process: psutil.Process, number: int) -> bool:

@@ -20,6 +20,8 @@ from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
 from deployments.slot import Slot, stat_logger
 
+_ENGINE_STOP_S = 6.0
+
 
 @serve.ingress()
 class Replica:
@@ -33,6 +35,10 @@ class Replica:
         self._context = serve.get_replica_context()
         self._slot = Slot(Path(board_path), self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
         self._beat = asyncio.create_task(self._slot.beat())
+        os.environ[ENGINE_VARIABLE] = "1"
+        # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
+        model = str(ensure_demo_model()) if is_demo(self._args.model) else self._args.model
+        self._namespace = engine.server_arguments(self._args, model)
         self._say("waiting for its turn to start")
         async with start_order.turn(Path(f"{board_path}.start")):
             await self._start_engine()
@@ -40,9 +46,6 @@ class Replica:
     async def _start_engine(self) -> None:
         began_s = time.monotonic()
         self._say("loading weights and starting the engine")
-        os.environ[ENGINE_VARIABLE] = "1"
-        path = str(ensure_demo_model()) if is_demo(self._args.model) else self._args.model
-        self._namespace = engine.server_arguments(self._args, path)
         self._engine = engine.start_engine(self._namespace, [stat_logger(self._slot)])
         self._say(f"ready in {time.monotonic() - began_s:.1f} s")
 
@@ -64,7 +67,7 @@ class Replica:
         self._slot.set_state(ReplicaState.DRAINING)
         self._beat.cancel()
         if hasattr(self, "_engine"):
-            self._engine.shutdown()
+            self._engine.shutdown(timeout=_ENGINE_STOP_S)
         self._slot.close()
 
     def _say(self, what: str) -> None:

@@ -1,0 +1,55 @@
+"""The command `splitwiser`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from balancer.board import BoardError
+from deployments.config import ConfigError, load
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; what a person can mend is printed as one sentence, and the exit status is 2."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ConfigError, BoardError) as error:
+        print(f"splitwiser: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="splitwiser", description="Several vLLM engines on one GPU behind one router")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="check FILE, run it with `serve run`, and clean up at the end")
+    _file(serve)
+    serve.add_argument("--plain", action="store_true", help="use Serve's own Python proxy instead of HAProxy")
+    serve.set_defaults(command=_serve)
+    validate = commands.add_parser("validate", help="check FILE and start nothing")
+    _file(validate)
+    validate.set_defaults(command=_validate)
+    return parser
+
+
+def _file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, default=Path("serve_config.yaml"), metavar="FILE")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from deployments.launch import serve
+
+    return serve(options.file, options.plain)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    args, _ = load(options.file)
+    print(f"{options.file} is fine: {args.replicas} replicas of {args.public_name}, policy {args.balancer.policy}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""`splitwiser serve`: runs `serve run FILE` with the environment it needs, says when it is ready, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from balancer.board import Board, BoardError, Owner, board_path
+from balancer.readings import ReplicaState
+from deployments import processes
+from deployments.config import ConfigError, ServeArgs, load
+from deployments.middleware import PROBE_PATH
+from deployments.processes import RUN_VARIABLE
+
+# Ctrl-C must be over in 15 s: `serve run` gets the first part to end in order, the rest is for what it leaves.
+_ORDERLY_S = 11.0
+_INSIST_AFTER_S = 1.0
+_ROUTER_TIMEOUT_S = 120
+_ROUTER_BODY_BYTES = 1 << 20
+_PROBE_EVERY_S = 0.5
+_SESSION_FILE = "session"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One supervised run: its mark, its private folder, and where it serves."""
+
+    run_id: str
+    folder: Path
+    host: str
+    port: int
+    plain: bool
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def board(self) -> Path:
+        return board_path(self.run_id)
+
+
+def runs_folder() -> Path:
+    """Short on purpose: HAProxy allows a socket's path 97 characters, of which Serve puts a node id of 56 into it."""
+    return Path(f"/tmp/sw-{os.geteuid()}")
+
+
+def environment(run: Run) -> dict[str, str]:
+    """What Ray Serve and vLLM read from the environment, on top of the caller's own, which wins where it may."""
+    needed = {
+        RUN_VARIABLE: run.run_id,
+        "RAY_SERVE_ENABLE_HA_PROXY": "0" if run.plain else "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run.folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run.folder / "ctl"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(run.folder / "log"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run.folder),
+        "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    }
+    wished = {
+        # One limit for connecting, deciding and waiting in the router's queue; Ray's default of 5 s is shorter than a queue.
+        "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": str(_ROUTER_TIMEOUT_S),
+        # Only the head of a long body is needed to estimate its cost, and HAProxy reserves this twice a connection.
+        "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(_ROUTER_BODY_BYTES),
+        "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
+        # Ray holds a stopping replica open for 30 s by default, longer than its own shutdown waits for it.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # Ray starts its workers at niceness 15 by default: engines would yield to everything else on the machine.
+        "RAY_worker_niceness": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    return {**wished, **os.environ, **needed}
+
+
+def serve(config_path: Path, plain: bool) -> int:
+    """Check everything, run `serve run`, and end everything. The exit status; errors are printed as one sentence."""
+    args, document = load(config_path)
+    options = document.get("http_options") or {}
+    clean_up_dead_runs()
+    run_id = processes.new_run_id()
+    run = Run(run_id, runs_folder() / run_id, options.get("host", "127.0.0.1"), int(options.get("port", 8000)), plain)
+    require_free_port(run.host, run.port, "http_options.port")
+    with _private_folder(run.folder), _interruptible() as interrupted:
+        try:
+            return _supervise(config_path, args, run, interrupted)
+        finally:
+            _end_run(run)
+
+
+def clean_up_dead_runs() -> None:
+    """End what earlier runs left (their supervisor was killed), and say so. Raises ConfigError when something will not end."""
+    for folder in runs_folder().glob("*-*"):
+        if processes.run_alive(folder.name):
+            continue
+        session = _session(folder)
+        if left := processes.of_run(folder.name, session):
+            _say(f"ending {len(left)} processes of an earlier run: {', '.join(sorted(map(processes.name_of, left)))}")
+        if stubborn := processes.end_run(folder.name, session, _INSIST_AFTER_S):
+            raise ConfigError(f"{processes.name_of(stubborn[0])} of an earlier run does not end; end it by hand first")
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_board(board_path(folder.name))
+
+
+def _session(folder: Path) -> Owner | None:
+    """The leader of the session that the run's processes are in, as the supervisor noted it."""
+    try:
+        pid, ticks = (folder / _SESSION_FILE).read_text().split()
+    except (OSError, ValueError):
+        return None  # the supervisor was killed before it started anything
+    return Owner(int(pid), int(ticks))
+
+
+def require_free_port(host: str, port: int, key: str) -> None:
+    """Raises ConfigError, naming who holds the port, when it cannot be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} is taken by {_holder(port)} ({error.strerror}); end it, or set another `{key}`"
+            ) from None
+
+
+def _holder(port: int) -> str:
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            return processes.name_of(psutil.Process(connection.pid))
+    return "another process"
+
+
+def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[int]) -> int:
+    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config_path)]
+    # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
+    child = subprocess.Popen(command, env=environment(run), start_new_session=True)
+    leader = Owner.of(child.pid)
+    (run.folder / _SESSION_FILE).write_text(f"{leader.pid} {leader.start_ticks}")
+    ready = False
+    while child.poll() is None and not interrupted:
+        if not ready and (ready := _all_reached(run, args.replicas)):
+            _announce(run, args)
+        time.sleep(_PROBE_EVERY_S)
+    if not interrupted:
+        _say(f"`serve run` ended by itself with status {child.returncode}; its messages above say why")
+        return child.returncode or 1
+    _say("stopping")
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(_ORDERLY_S)
+    except subprocess.TimeoutExpired:
+        _say(f"Ray did not stop within {_ORDERLY_S:.0f} s; ending it")
+    return 0 if ready else 1
+
+
+def _all_reached(run: Run, replicas: int) -> bool:
+    """Whether every replica answers at the public address and, behind HAProxy, through the router."""
+    if not run.board.exists():
+        return False
+    try:
+        board = Board.open(run.board)
+    except BoardError:
+        return False
+    slots = [r.slot for r in board.snapshot(time.monotonic()).replicas if r.state is ReplicaState.READY]
+    board.close()
+    if len(slots) < replicas:
+        return False
+    return _get_models(run) if run.plain else all(_probe(run, slot) for slot in slots)
+
+
+def _probe(run: Run, slot: int) -> bool:
+    return _ask(run.url + PROBE_PATH, json.dumps({"splitwiser_probe": slot}).encode())
+
+
+def _get_models(run: Run) -> bool:
+    return _ask(run.url + "/v1/models", None)
+
+
+def _ask(url: str, body: bytes | None) -> bool:
+    request = urllib.request.Request(url, data=body, headers={"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _announce(run: Run, args: ServeArgs) -> None:
+    way = "Serve's own proxy" if run.plain else "HAProxy"
+    _say(
+        f"ready: {args.replicas} replicas of {args.public_name} at {run.url}/v1"
+        f" (policy {args.balancer.policy}, through {way}); Ctrl-C stops everything"
+    )
+
+
+def _end_run(run: Run) -> None:
+    if stubborn := processes.end_run(run.run_id, _session(run.folder), _INSIST_AFTER_S):
+        _say(f"these did not end: {', '.join(map(processes.name_of, stubborn))}")
+    _remove_board(run.board)
+
+
+def _remove_board(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".start").unlink(missing_ok=True)
+
+
+@contextmanager
+def _private_folder(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    if folder.parent.stat().st_uid != os.geteuid():
+        raise ConfigError(f"{folder.parent} belongs to another user; ask them to remove it")
+    folder.mkdir(mode=0o700)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of being ended by them; a second one changes nothing, as the end is bounded."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    old: dict[int, Any] = {n: signal.signal(n, lambda number, _frame: received.append(number)) for n in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _say(what: str) -> None:
+    print(f"splitwiser: {what}", flush=True)
