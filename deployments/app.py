@@ -15,7 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from balancer.board import board_path
 from balancer.policies import Knobs
 from balancer.route_service import RouteService
-from deployments import device
+from deployments import device, gpu_setup
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager
 from deployments.processes import RUN_VARIABLE
@@ -24,6 +24,9 @@ from deployments.replica import Replica
 # Serve's own limits would refuse before the policy has spoken; how many a replica takes is the balancer's decision.
 _UNLIMITED = 1_000_000
 # A vLLM engine on CPUs takes 5 s to end in order; killed sooner it leaves its shared memory behind.
+# Serve runs user code in a thread of its own by default, which adds a hop between threads to every decision and every
+# streamed chunk.
+_ONE_THREAD = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 _STOPPING: dict[str, Any] = {"graceful_shutdown_timeout_s": 7.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
@@ -31,9 +34,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The Serve application for these arguments. Raises ConfigError, in one sentence, before anything starts."""
     config = parse_args(args)
     on = device.resolve(config)
-    board = board_path(os.environ.get(RUN_VARIABLE, "default"))
+    name = os.environ.get(RUN_VARIABLE, "default")
+    if on == "gpu":
+        gpu_setup.check(config, name)
+    board = board_path(name)
     haproxy = haproxy_enabled()
-    manager = _manager(config, str(board))
+    manager = _manager(args, on, str(board))
     app = _replicas(config, on, haproxy, str(board)).bind(args, str(board), haproxy, manager)
     return attach_router(app, _router(config, str(board))) if haproxy else app
 
@@ -78,27 +84,29 @@ def _replicas(config: ServeArgs, on: str, haproxy: bool, board: str) -> serve.De
         max_ongoing_requests=_UNLIMITED,
         **_STOPPING,
         health_check_period_s=5,
-        ray_actor_options={"num_cpus": 0, "num_gpus": 1 / config.replicas if on == "gpu" else 0},
+        ray_actor_options={
+            "num_cpus": 0,
+            "num_gpus": 1 / config.replicas if on == "gpu" else 0,
+            "runtime_env": _ONE_THREAD,
+        },
         **options,
     )
 
 
-def _manager(config: ServeArgs, board: str) -> serve.Application:
+def _manager(args: dict[str, Any], on: str, board: str) -> serve.Application:
     deployment = serve.deployment(
         DeviceManager, name="DeviceManager", ray_actor_options={"num_cpus": 0}, **_STOPPING
     )
-    return deployment.bind(board, config.monitoring.model_dump())
+    return deployment.bind(args, on, board)
 
 
 def _router(config: ServeArgs, board: str) -> serve.Application:
-    # Its work is one short function: a thread of its own for it would only add a hop to every decision.
-    environment = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
     deployment = serve.deployment(
         Router,
         name="Router",
         max_ongoing_requests=_UNLIMITED,
         **_STOPPING,
-        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_THREAD},
     )
     return deployment.bind(board, dataclasses.asdict(config.balancer.knobs()))
 

@@ -74,9 +74,15 @@ class ServeArgs(_Strict):
     served_model_name: str | None = None
     replicas: int = Field(2, ge=1, le=REPLICA_SLOTS)
     device: Literal["auto", "gpu", "cpu"] = "auto"
+    mps: Literal["auto", "on", "off"] = "auto"
     engine: dict[str, Any] = Field(default_factory=dict)
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+
+    @field_validator("mps", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @property
     def public_name(self) -> str:

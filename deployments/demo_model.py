@@ -50,7 +50,8 @@ Assistant:
 class DemoSpec:
     """The demo model's shape and the spread of its random weights.
 
-    `vocab_size` is an upper bound: a short text can hold fewer merges. `logit_std` spreads the logits of the tokens
+    `vocab_size` is an upper bound: a short text can hold fewer merges. `padded_vocab_size` widens the embedding and the
+    head with ids that are never emitted, to give a benchmark's model the cost of a real vocabulary. `logit_std` spreads the logits of the tokens
     that may be emitted; `refusal` is the logit, negated, of those that must not be.
     """
 
@@ -61,6 +62,7 @@ class DemoSpec:
     ffn_size: int = 1024
     max_positions: int = 2048
     vocab_size: int = 2048
+    padded_vocab_size: int = 0
     logit_std: float = 3.0
     refusal: float = 1024.0
 
@@ -176,9 +178,11 @@ def write_checkpoint(folder: Path, spec: DemoSpec) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="ascii")
     _write_json(folder / "tokenizer_config.json", tokenizer_config(spec))
-    _write_json(folder / "config.json", {**spec.config, "vocab_size": tokenizer.get_vocab_size()})
+    sayable_size = tokenizer.get_vocab_size()
+    size = max(sayable_size, spec.padded_vocab_size)
+    _write_json(folder / "config.json", {**spec.config, "vocab_size": size})
     _write_json(folder / "generation_config.json", SPECIAL_IDS)
-    weights = dict(make_weights(spec, tokenizer.get_vocab_size(), unsayable_ids(tokenizer)))
+    weights = dict(make_weights(spec, size, [*unsayable_ids(tokenizer), *range(sayable_size, size)]))
     (folder / "model.safetensors").write_bytes(to_safetensors(weights))
     names = sorted(file.name for file in folder.iterdir())
     _write_json(folder / MANIFEST_NAME, _manifest(folder, names))

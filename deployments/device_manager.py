@@ -1,4 +1,4 @@
-"""One per node: samples the GPU (or the host) onto the board. Ray Serve runs it as a deployment of its own."""
+"""One per node: owns MPS and the memory plan, samples the GPU (or the host) onto the board. A deployment of its own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from balancer.board import Board, GpuWriter
 from balancer.readings import GpuReading
-from deployments.config import MonitoringConfig
+from deployments.config import parse_args
+from deployments.gpu_setup import EngineSettings, GpuHouse
 from monitoring.sampler import Sampler, open_reader
 
 logger = logging.getLogger("ray.serve")
@@ -18,20 +20,32 @@ _STOP_WITHIN_S = 2.0
 
 
 class DeviceManager:
-    """Owns the node's sampler; the board carries what it reads."""
+    """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
 
-    def __init__(self, board_path: str, monitoring: dict[str, float]) -> None:
-        config = MonitoringConfig.model_validate(monitoring)
+    def __init__(self, raw_args: dict[str, Any], device: str, board_path: str) -> None:
+        args = parse_args(raw_args)
+        self._house = GpuHouse(args, Path(board_path).name) if device == "gpu" else None
         self._board = Board.open(Path(board_path))
         self._writers: dict[int, GpuWriter] = {}
-        self._reader = open_reader(int(config.memory_reserve_gib * 2**30), logger)
-        self._sampler = Sampler(self._reader, self._write, time.monotonic, 1.0 / config.sample_hz)
+        self._reader = open_reader(int(args.monitoring.memory_reserve_gib * 2**30), logger)
+        self._sampler = Sampler(self._reader, self._write, time.monotonic, 1.0 / args.monitoring.sample_hz)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sampler.run, args=(self._stop,), daemon=True, name="sampler")
         self._thread.start()
 
+    def engine_settings(self) -> EngineSettings:
+        """What a replica adds to its engine's arguments and environment."""
+        return self._house.settings() if self._house else EngineSettings()
+
+    def prove_client(self, pid: int) -> None:
+        """Raises MpsError unless the engine process `pid` is an MPS client."""
+        if self._house:
+            self._house.prove_client(pid)
+
     def check_health(self) -> None:
         """Serve restarts the device manager when this raises."""
+        if self._house:
+            self._house.check()
         if not self._thread.is_alive():
             raise RuntimeError("the sampler has stopped; GPU readings on the board are stale")
 
@@ -42,6 +56,8 @@ class DeviceManager:
         for writer in self._writers.values():
             writer.release()
         self._board.leave()
+        if self._house:
+            self._house.close()
 
     def _write(self, reading: GpuReading) -> None:
         if reading.index not in self._writers:

@@ -42,12 +42,15 @@ def argument_names() -> set[str]:
     }
 
 
-def server_arguments(args: ServeArgs, model_path: str) -> argparse.Namespace:
-    """The namespace that `vllm serve` would have made of these arguments. Raises ConfigError with vLLM's own reason."""
+def server_arguments(args: ServeArgs, model_path: str, settings: dict[str, Any]) -> argparse.Namespace:
+    """The namespace that `vllm serve` would have made of these arguments, `settings` overruling `args.engine`.
+
+    Raises ConfigError with vLLM's own reason.
+    """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    words = ["--model", model_path, "--served-model-name", args.public_name, *command_line(args.engine)]
+    words = ["--model", model_path, "--served-model-name", args.public_name, *command_line({**args.engine, **settings})]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -94,6 +97,21 @@ def start_engine(namespace: argparse.Namespace, stat_loggers: list[Any]) -> Any:
         usage_context=UsageContext.OPENAI_API_SERVER,
         stat_loggers=stat_loggers,
     )
+
+
+async def warm_up(engine: Any) -> None:
+    """Let the engine answer one short prompt: its first step compiles and allocates, for up to 10 s on a CPU."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    wish = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
+    async for _ in engine.generate(TokensPrompt(prompt_token_ids=[2, 2, 2, 2]), wish, request_id="warm-up"):
+        pass
+
+
+def process_ids(engine: Any) -> list[int]:
+    """The processes of the engine core, which own the CUDA context."""
+    return [process.pid for process in engine.engine_core.resources.engine_manager.processes]
 
 
 async def build_openai_app(engine: Any, namespace: argparse.Namespace) -> Any:

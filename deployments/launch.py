@@ -22,7 +22,7 @@ import psutil
 
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.readings import ReplicaState
-from deployments import processes
+from deployments import device, gpu_setup, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
 from deployments.processes import RUN_VARIABLE
@@ -78,6 +78,8 @@ def environment(run: Run) -> dict[str, str]:
         # Only the head of a long body is needed to estimate its cost, and HAProxy reserves this twice a connection.
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(_ROUTER_BODY_BYTES),
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
+        # Without it HAProxy holds small segments back to merge them, and a slow stream arrives in one piece at its end.
+        "RAY_SERVE_HAPROXY_TCP_NODELAY": "1",
         # Ray holds a stopping replica open for 30 s by default, longer than its own shutdown waits for it.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Ray starts its workers at niceness 15 by default: engines would yield to everything else on the machine.
@@ -98,6 +100,8 @@ def serve(config_path: Path, plain: bool) -> int:
     run_id = processes.new_run_id()
     run = Run(run_id, runs_folder() / run_id, options.get("host", "127.0.0.1"), int(options.get("port", 8000)), plain)
     require_free_port(run.host, run.port, "http_options.port")
+    if device.resolve(args) == "gpu":
+        print(gpu_setup.check(args, run_id), flush=True)
     with _private_folder(run.folder), _interruptible() as interrupted:
         try:
             return _supervise(config_path, args, run, interrupted)
@@ -163,11 +167,19 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
         return child.returncode or 1
     _say("stopping")
     child.send_signal(signal.SIGINT)
-    try:
-        child.wait(_ORDERLY_S)
-    except subprocess.TimeoutExpired:
-        _say(f"Ray did not stop within {_ORDERLY_S:.0f} s; ending it")
-    return 0 if ready else 1
+    if not _left_the_board(run, child):
+        _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
+    return 0
+
+
+def _left_the_board(run: Run, child: subprocess.Popen[bytes]) -> bool:
+    """Wait until the last replica is gone, which takes the board's file along. Ray's own end takes 5 s more, to no use."""
+    deadline_s = time.monotonic() + _ORDERLY_S
+    while time.monotonic() < deadline_s:
+        if child.poll() is not None or not run.board.exists():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _all_reached(run: Run, replicas: int) -> bool:

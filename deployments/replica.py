@@ -14,8 +14,8 @@ from ray.serve.handle import DeploymentHandle
 from balancer.readings import ReplicaState
 from deployments import engine, start_order
 from deployments.config import ServeArgs, parse_args
-from deployments.demo_model import ensure_demo_model, is_demo
 from deployments.device_manager import DeviceManager
+from deployments.gpu_setup import EngineSettings, model_path
 from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
 from deployments.slot import Slot, stat_logger
@@ -36,21 +36,28 @@ class Replica:
         self._slot = Slot(Path(board_path), self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
         self._beat = asyncio.create_task(self._slot.beat())
         os.environ[ENGINE_VARIABLE] = "1"
+        self._settings: EngineSettings = await manager.engine_settings.remote()
+        os.environ.update(self._settings.environment)
         # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
-        model = str(ensure_demo_model()) if is_demo(self._args.model) else self._args.model
-        self._namespace = engine.server_arguments(self._args, model)
+        self._namespace = engine.server_arguments(self._args, model_path(self._args), self._settings.engine)
         self._say("waiting for its turn to start")
         async with start_order.turn(Path(f"{board_path}.start")):
-            await self._start_engine()
+            await self._start_engine(manager)
 
-    async def _start_engine(self) -> None:
+    async def _start_engine(self, manager: DeploymentHandle[DeviceManager]) -> None:
         began_s = time.monotonic()
         self._say("loading weights and starting the engine")
         self._engine = engine.start_engine(self._namespace, [stat_logger(self._slot)])
-        self._say(f"ready in {time.monotonic() - began_s:.1f} s")
+        await engine.warm_up(self._engine)
+        if self._settings.mps:
+            for pid in engine.process_ids(self._engine):
+                await manager.prove_client.remote(pid)
+        proof = ", proven to be an MPS client" if self._settings.mps else ""
+        self._say(f"ready in {time.monotonic() - began_s:.1f} s{proof}")
 
     async def __serve_build_asgi_app__(self) -> Door:
         app = await engine.build_openai_app(self._engine, self._namespace)
+        self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
         policy = self._args.balancer.policy
         return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)

@@ -67,6 +67,12 @@ class Slot:
         self.fields.max_running_requests = max_running_requests
         self.publish()
 
+    def forget_warm_up(self) -> None:
+        """Start counting at the first real request."""
+        fields = self.fields
+        fields.step_time_s, self._last_step_s = 0.0, None
+        fields.prompt_tokens_total = fields.output_tokens_total = fields.preemptions_total = 0
+
     def step(self, running: int, waiting: int, kv_ratio: float, prompt: int, output: int, preempted: int) -> None:
         """One engine step, as vLLM's statistics tell it."""
         fields = self.fields

@@ -1,0 +1,1 @@
+"""What is measured: load generators, the simulator, peers, and under results/ what they printed."""

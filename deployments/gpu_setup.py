@@ -1,0 +1,146 @@
+"""What must be settled before an engine may start on a GPU: the memory plan, and whether and how MPS runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pynvml  # type: ignore[import-untyped]
+
+from deployments import memory, mps
+from deployments.config import ConfigError, ServeArgs
+from deployments.demo_model import ensure_demo_model, is_demo
+
+# vLLM checks its share of the card at start; the KV cache is pinned by the plan, so the share only has to be small.
+_LITTLE_UTILIZATION = 0.05
+_CLIENT_WITHIN_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What every replica is given beyond the user's own engine arguments."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    mps: bool = False
+
+
+def model_path(args: ServeArgs) -> str:
+    """The folder or hub name that vLLM loads; makes the demo model where it is asked for."""
+    return str(ensure_demo_model()) if is_demo(args.model) else args.model
+
+
+def this_card(index: int = 0) -> memory.Card:
+    """GPU `index` as NVML shows it now."""
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        info = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return memory.Card(pynvml.nvmlDeviceGetName(handle), int(info.total), int(info.used))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
+    """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold."""
+    path = model_path(args)
+    config = _model_config(path)
+    engine = args.engine
+    shape = memory.model_shape(
+        config,
+        _checkpoint_bytes(path),
+        dtype=str(engine.get("dtype", "auto")),
+        kv_cache_dtype=str(engine.get("kv_cache_dtype", "auto")),
+    )
+    demand = memory.Demand(
+        replicas=args.replicas,
+        max_model_len_tokens=int(engine.get("max_model_len") or config["max_position_embeddings"]),
+        max_num_seqs=int(engine.get("max_num_seqs", 256)),
+        max_num_batched_tokens=int(engine.get("max_num_batched_tokens", 8192)),
+        kv_block_tokens=int(engine.get("block_size", 16)),
+        kv_cache_bytes=engine.get("kv_cache_memory_bytes"),
+        reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
+        mps=uses_mps(args),
+    )
+    return memory.plan_memory(card, shape, demand)
+
+
+def uses_mps(args: ServeArgs) -> bool:
+    """Whether replicas shall be MPS clients on this machine. Raises MpsError when that is asked for and cannot be."""
+    try:
+        mps.ControlProgram().resolve()
+    except mps.MpsError:
+        return mps.wanted(mps.MpsMode(args.mps), args.replicas, driver_can=False)
+    return mps.wanted(mps.MpsMode(args.mps), args.replicas, driver_can=True)
+
+
+def mps_paths(name: str) -> mps.MpsPaths:
+    """Where the MPS daemon of the run `name` is, or will be."""
+    return mps.find_paths(os.environ, mps.private_paths(os.getuid(), name=name), uid=os.getuid())
+
+
+def check(args: ServeArgs, name: str) -> str:
+    """Refuse what cannot work before anything starts, and return the plan as a table. Raises ConfigError."""
+    try:
+        table = memory.render(plan(args, this_card()))
+        if uses_mps(args):
+            mps.preflight(mps.ControlProgram(), mps_paths(name), replicas=args.replicas, uid=os.getuid())
+    except (memory.MemoryPlanError, mps.MpsError) as error:
+        raise ConfigError(str(error)) from error
+    return table
+
+
+class GpuHouse:
+    """The GPU's side of the device manager: the plan, and the MPS daemon's life from start to stop."""
+
+    def __init__(self, args: ServeArgs, name: str) -> None:
+        self._plan = plan(args, this_card())
+        self._daemon: mps.MpsDaemon | None = None
+        if uses_mps(args):
+            self._daemon = mps.MpsDaemon(mps.ControlProgram(), mps_paths(name))
+            self._daemon.start()
+
+    def settings(self) -> EngineSettings:
+        demand = self._plan.demand
+        engine = {
+            "max_model_len": demand.max_model_len_tokens,
+            "max_num_seqs": demand.max_num_seqs,
+            "max_num_batched_tokens": demand.max_num_batched_tokens,
+            "kv_cache_memory_bytes": self._plan.kv_cache_bytes,
+            "gpu_memory_utilization": _LITTLE_UTILIZATION,
+        }
+        if self._daemon is None:
+            return EngineSettings(engine, dict(mps.ENVIRONMENT_OUTSIDE_MPS))
+        return EngineSettings(engine, mps.client_environment(self._daemon.paths), mps=True)
+
+    def prove_client(self, pid: int) -> None:
+        """Raises MpsError unless the process is a client of the daemon: without proof it may silently run outside MPS."""
+        if self._daemon is not None:
+            self._daemon.require_client(pid, _CLIENT_WITHIN_S)
+
+    def check(self) -> None:
+        """Raises MpsError when the daemon that was started or adopted no longer runs."""
+        if self._daemon is not None and not self._daemon.alive():
+            raise mps.MpsError(mps.MpsCause.NO_DAEMON, "the MPS control daemon has died; the GPU's replicas must restart")
+
+    def close(self) -> None:
+        if self._daemon is not None:
+            self._daemon.stop()
+
+
+def _model_config(path: str) -> dict[str, Any]:
+    local = Path(path) / "config.json"
+    if local.exists():
+        return dict(json.loads(local.read_text()))
+    from transformers import AutoConfig
+
+    return dict(AutoConfig.from_pretrained(path).to_dict())
+
+
+def _checkpoint_bytes(path: str) -> int | None:
+    folder = Path(path)
+    sizes = [file.stat().st_size for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
+    return sum(sizes) or None
