@@ -34,14 +34,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The Serve application for these arguments. Raises ConfigError, in one sentence, before anything starts."""
     config = parse_args(args)
     on = device.resolve(config)
-    name = os.environ.get(RUN_VARIABLE, "default")
     if on == "gpu":
-        gpu_setup.check(config, name)
-    board = board_path(name)
-    haproxy = haproxy_enabled()
-    manager = _manager(args, on, str(board))
-    app = _replicas(config, on, haproxy, str(board)).bind(args, str(board), haproxy, manager)
-    return attach_router(app, _router(config, str(board))) if haproxy else app
+        gpu_setup.check(config, _run_name())
+    return assemble(args, config, on, Replica)
+
+
+def assemble(args: dict[str, Any], config: ServeArgs, on: str, replica: type) -> serve.Application:
+    """Wire `replica` to the device manager and to the balancer: through HAProxy where Serve has it, else Serve's proxy."""
+    board, haproxy = str(board_path(_run_name())), haproxy_enabled()
+    app = _replicas(replica, config, on, haproxy, board).bind(args, board, haproxy, _manager(args, on, board))
+    return attach_router(app, _router(config, board)) if haproxy else app
+
+
+def _run_name() -> str:
+    return os.environ.get(RUN_VARIABLE, "default")
 
 
 def haproxy_enabled() -> bool:
@@ -70,7 +76,7 @@ def haproxy_socket() -> Path:
     return path.parent / ray.get_runtime_context().get_node_id() / path.name
 
 
-def _replicas(config: ServeArgs, on: str, haproxy: bool, board: str) -> serve.Deployment:
+def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: str) -> serve.Deployment:
     options: dict[str, Any] = {}
     if not haproxy:
         options["request_router_config"] = RequestRouterConfig(
@@ -78,7 +84,7 @@ def _replicas(config: ServeArgs, on: str, haproxy: bool, board: str) -> serve.De
             request_router_kwargs={"board_path": board, "knobs": dataclasses.asdict(config.balancer.knobs())},
         )
     return serve.deployment(
-        Replica,
+        replica,
         name="Replica",
         num_replicas=config.replicas,
         max_ongoing_requests=_UNLIMITED,

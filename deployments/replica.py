@@ -40,9 +40,12 @@ class Replica:
         os.environ.update(self._settings.environment)
         # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
         self._namespace = engine.server_arguments(self._args, model_path(self._args), self._settings.engine)
-        self._say("waiting for its turn to start")
-        async with start_order.turn(Path(f"{board_path}.start")):
+        if self._settings.together:
             await self._start_engine(manager)
+        else:
+            self._say("waiting for its turn to start")
+            async with start_order.turn(Path(f"{board_path}.start")):
+                await self._start_engine(manager)
 
     async def _start_engine(self, manager: DeploymentHandle[DeviceManager]) -> None:
         began_s = time.monotonic()

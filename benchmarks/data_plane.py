@@ -1,0 +1,183 @@
+"""Both data planes side by side with echo replicas, and what each part of the way costs: `python -m benchmarks.data_plane`.
+
+HAProxy with the route service against Serve's own Python proxy with the same policy: requests/s, latency alone, streamed
+chunks/s, each the median of `--repeats` runs in one go. Then the route service asked directly over HTTP, a policy alone
+with 16 replicas, and a slot's write. One JSON line for each figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from balancer.board import Board
+from balancer.policies import POLICIES, Knobs, decide, make_policy
+from balancer.readings import ReplicaState, RequestCost
+from benchmarks.load import Load, run, summary
+from deployments.launch import runs_folder
+
+REPLICAS = 2
+START_LIMIT_S = 180
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.data_plane", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(arguments)
+    rows = [*_both_planes(options.repeats), *_policies(), _slot_write()]
+    with options.out.open("a") as file:
+        for row in rows:
+            line = json.dumps({**row, "cores": os.cpu_count(), "at": time.strftime("%Y-%m-%dT%H:%M:%S")})
+            print(line, flush=True)
+            file.write(line + "\n")
+    return 0
+
+
+def _both_planes(repeats: int) -> Iterator[dict[str, Any]]:
+    planes: dict[str, dict[str, float]] = {}
+    for name, flags in (("haproxy", []), ("plain", ["--plain"])):
+        with echo_system(flags) as url:
+            planes[name] = figures = _plane(url, repeats)
+            yield {"figure": "data_plane", "plane": name, "replicas": REPLICAS, "repeats": repeats, **figures}
+            if name == "haproxy":
+                yield _route_service()
+    ratios = {key: round(planes["haproxy"][key] / planes["plain"][key], 3) for key in planes["plain"]}
+    yield {"figure": "haproxy_over_plain", **ratios}
+
+
+def _plane(url: str, repeats: int) -> dict[str, float]:
+    def median(key: Callable[[dict[str, Any]], float], load: Load) -> float:
+        return statistics.median(key(summary(run(load))) for _ in range(repeats))
+
+    run(Load(url, "demo", 8, 200, 16, 1, stream=False))
+    return {
+        "requests_per_s": median(lambda s: s["requests_per_s"], Load(url, "demo", 32, 2000, 16, 1, stream=False)),
+        "alone_p50_s": median(lambda s: s["e2e_s"]["p50"], Load(url, "demo", 1, 200, 16, 1, stream=False)),
+        "chunks_per_s": median(lambda s: s["output_tokens_per_s"], Load(url, "demo", 16, 200, 16, 256, stream=True)),
+    }
+
+
+def _route_service() -> dict[str, Any]:
+    """Ask the route service itself, as HAProxy does, over one connection a request."""
+    port = _router_port()
+    body = json.dumps({"model": "demo", "prompt": "x" * 400, "max_tokens": 64}).encode()
+    times_s = []
+    for _ in range(1000):
+        began_s = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("POST", "/internal/route", body)
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        times_s.append(time.perf_counter() - began_s)
+        assert answer.status == 200
+    return {"figure": "route_service_over_http", **_percentiles(times_s)}
+
+
+def _router_port() -> int:
+    lua = next(runs_folder().glob("*/*/*.lua"))
+    router = re.search(r"ROUTERS = .*?port\s*=\s*(\d+)", lua.read_text(), re.DOTALL)
+    assert router, f"no router in {lua}"
+    return int(router[1])
+
+
+def _policies(replicas: int = 16, repeats: int = 5000) -> Iterator[dict[str, Any]]:
+    with _board(replicas) as (board, writers):
+        for name in POLICIES:
+            knobs = Knobs(policy=name, seed=1)
+            policy = make_policy(knobs)
+            times_s = []
+            for k in range(repeats):
+                writers[k % replicas].publish(time.monotonic())
+                snapshot = board.snapshot(time.monotonic())
+                began_s = time.perf_counter()
+                decide(policy, knobs, RequestCost(200, 100), snapshot)
+                times_s.append(time.perf_counter() - began_s)
+            yield {"figure": "policy", "policy": name, "replicas": replicas, **_percentiles(times_s)}
+
+
+def _slot_write(repeats: int = 20000) -> dict[str, Any]:
+    with _board(1) as (_, writers):
+        times_s = []
+        for _ in range(repeats):
+            began_s = time.perf_counter()
+            writers[0].publish(began_s)
+            times_s.append(time.perf_counter() - began_s)
+        return {"figure": "slot_write", **_percentiles(times_s)}
+
+
+@contextlib.contextmanager
+def _board(replicas: int) -> Iterator[tuple[Board, list[Any]]]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        board = Board.open(Path(folder) / "board")
+        writers = [board.claim_slot(f"replica-{k}") for k in range(replicas)]
+        for writer in writers:
+            writer.fields.state = ReplicaState.READY
+            writer.fields.kv_blocks_total, writer.fields.kv_block_tokens = 10_000, 16
+            writer.publish(time.monotonic())
+        yield board, writers
+        board.close()
+
+
+@contextlib.contextmanager
+def echo_system(flags: list[str]) -> Iterator[str]:
+    """Start echo replicas with `splitwiser serve`; yields the URL once ready, and stops everything."""
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "echo.yaml"
+        args = {"replicas": REPLICAS, "device": "cpu", "balancer": {"policy": "least_queue"}}
+        application = {"name": "default", "route_prefix": "/", "import_path": "benchmarks.echo_app:build", "args": args}
+        logging = {"log_level": "WARNING", "enable_access_log": False}
+        http_options = {"host": "127.0.0.1", "port": port}
+        document = {"http_options": http_options, "logging_config": logging, "applications": [application]}
+        config.write_text(yaml.safe_dump(document))
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "deployments.cli", "serve", str(config), *flags]
+        with log.open("w") as output:
+            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _wait_ready(child, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            child.send_signal(signal.SIGINT)
+            child.wait(60)
+
+
+def _wait_ready(child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline_s = time.monotonic() + START_LIMIT_S
+    while "splitwiser: ready" not in log.read_text():
+        if child.poll() is not None or time.monotonic() > deadline_s:
+            raise RuntimeError(f"the echo system did not start: ...{log.read_text()[-2000:]}")
+        time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _percentiles(times_s: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times_s, n=100)
+    return {"p50_us": round(cuts[49] * 1e6, 2), "p99_us": round(cuts[98] * 1e6, 2), "samples": len(times_s)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What shows: reads the GPU and the board, and publishes both."""

@@ -1,0 +1,101 @@
+"""Starting wrongly, the other data plane, and what a killed run leaves for the next one."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, belongings, free_port, running, start, write_config
+
+from balancer.board import board_path
+from deployments import launch
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+
+def serve(config: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deployments.cli", "serve", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_a_wrong_key_is_refused_in_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    def misspell(document: dict[str, Any]) -> None:
+        document["applications"][0]["args"]["replica"] = 3
+
+    ended = serve(write_config(tmp_path, free_port(), misspell))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("splitwiser: unknown key `replica`")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        ended = serve(write_config(tmp_path, holder.getsockname()[1]))
+    assert ended.returncode == 2
+    assert f"pid {psutil.Process().pid}" in ended.stderr
+    assert "http_options.port" in ended.stderr
+
+
+def test_without_haproxy_serves_own_proxy_follows_the_same_policies(tmp_path: Path) -> None:
+    def take_turns(document: dict[str, Any]) -> None:
+        document["applications"][0]["args"]["balancer"] = {"policy": "round_robin"}
+
+    with running(tmp_path, "--plain", change=take_turns) as system:
+        answers = [system.complete(temperature=0.0) for _ in range(8)]
+        assert {a.status for a in answers} == {200}
+        assert {a.policy for a in answers} == {"round_robin"}
+        assert len({a.replica for a in answers}) == 2
+        assert len({a.text for a in answers}) == 1
+        assert system.post("/v1/completions", {"model": "nobody", "prompt": "x"}).status == 404
+
+
+def echo(document: dict[str, Any]) -> None:
+    application = document["applications"][0]
+    application["import_path"] = "benchmarks.echo_app:build"
+    application["args"] = {"replicas": 2, "device": "cpu"}
+
+
+def test_what_a_killed_supervisor_leaves_is_ended_by_the_next_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    system = start(write_config(tmp_path, port, echo), port, tmp_path / "log")
+    run_id = system.run_id
+    system.process.send_signal(signal.SIGKILL)
+    system.process.wait(10)
+    assert belongings(system, run_id)
+    launch.clean_up_dead_runs()
+    assert "processes of an earlier run" in capsys.readouterr().out
+    assert not belongings(system, run_id)
+    assert not board_path(run_id).exists()
+    launch.require_free_port("127.0.0.1", port, "http_options.port")
+
+
+def test_engines_die_with_a_killed_replica_and_serve_replaces_it(tmp_path: Path) -> None:
+    with running(tmp_path, change=one_replica) as system:
+        first = system.complete().replica
+        replica = next(p for p in belongings(system, system.run_id) if ":Replica" in " ".join(p.cmdline()))
+        engines = replica.children(recursive=True)
+        assert engines
+        replica.kill()
+        _, alive = psutil.wait_procs(engines, timeout=60)
+        assert not alive
+        deadline_s = time.monotonic() + 400
+        while (answer := system.complete()).status != 200:
+            assert time.monotonic() < deadline_s
+            assert answer.status in (500, 503)
+            time.sleep(1)
+        assert answer.replica != first
+
+
+def one_replica(document: dict[str, Any]) -> None:
+    document["applications"][0]["args"]["replicas"] = 1
