@@ -13,14 +13,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import math
 import mmap
 import os
+import stat
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from balancer.on_the_way import LOST_AFTER_S
 from balancer.readings import GpuReading, GpuSource, ReplicaReading, ReplicaState, Snapshot
 
 GPU_RECORDS = 16
@@ -31,12 +35,13 @@ ROUTER_ROWS = 16
 _HEADER = struct.Struct("@8sII")
 _RECORD = struct.Struct("@QIIQd")  # sequence, CRC of the payload, owner's PID, owner's start ticks, written at
 _SEQUENCE = struct.Struct("@Q")
+_AFTER_SEQUENCE = struct.Struct("@IIQd")
 _GPU = struct.Struct("@ii9d")
-_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}Q")
+_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}QQ")
 _ROW = struct.Struct("@" + "IQ" * REPLICA_SLOTS)
 
 _MAGIC = b"SPLTWSR1"
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 _HEADER_BYTES = 4096
 _GPU_STRIDE = 256
 _SLOT_STRIDE = 512
@@ -59,7 +64,7 @@ class BoardError(RuntimeError):
     """The board cannot be opened or has no room; the message says why and what to do."""
 
 
-class Torn(Exception):
+class Torn(Exception):  # noqa: N818 - what a reader met, not a mistake of anybody
     """A record stayed half-written through every attempt to read it: its writer died or is suspended."""
 
 
@@ -111,25 +116,22 @@ class Board:
         self._gpu_readings: tuple[GpuReading, ...] = ()
         self._row_sequences: tuple[int, ...] = ()
         self._ways: list[tuple[int, int]] = []
+        self._ways_end_s = math.inf
 
     @classmethod
     def open(cls, path: Path) -> Board:
         """Map the board at `path`, making it (mode 0600) when it is missing or of another layout.
 
-        Raises BoardError when the file belongs to another user or the file system is full.
+        Raises BoardError when the file belongs to another user, is no regular file, or the file system is full.
         """
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise BoardError(f"cannot open the board {path}: {error.strerror}; remove that file") from error
-        try:
-            if os.fstat(descriptor).st_uid != os.geteuid():
-                raise BoardError(f"the board {path} belongs to another user; remove it or name the application otherwise")
-            with _locked(descriptor):
-                _initialise(path, descriptor)
-            return cls(path, descriptor)
-        finally:
-            os.close(descriptor)
+        while True:
+            descriptor = _open_file(path)
+            try:
+                with _locked(descriptor):
+                    if _made_ready(path, descriptor):
+                        return cls(path, descriptor)
+            finally:
+                os.close(descriptor)
 
     def close(self) -> None:
         self._words.release()
@@ -137,10 +139,9 @@ class Board:
 
     def leave(self) -> None:
         """Close the board, and remove its file if nobody alive writes on it any more."""
-        if not self.replaced():
-            with open(self.path, "rb") as file, _locked(file.fileno()):
-                if not any(self._owner_at(at).alive() for at in _every_record()):
-                    self.path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file, _locked(file.fileno()):
+            if not self.replaced() and not any(self._owner_at(at).alive() for at in _every_record()):
+                self.path.unlink()
         self.close()
 
     def replaced(self) -> bool:
@@ -155,22 +156,22 @@ class Board:
         if len(replica_id.encode()) > 96:
             raise BoardError(f"the replica id {replica_id!r} is longer than 96 bytes; shorten the application's name")
         index = self._claim(_SLOT_AT, _SLOT_STRIDE, REPLICA_SLOTS, "replica slots")
-        return SlotWriter(_RecordWriter(self._map, _SLOT_AT + index * _SLOT_STRIDE), index, replica_id)
+        return SlotWriter(_RecordWriter(self._map, self._words, _SLOT_AT + index * _SLOT_STRIDE), index, replica_id)
 
     def claim_row(self) -> RowWriter:
         """Take a router row; the same rules as for slots."""
         index = self._claim(_ROW_AT, _ROW_STRIDE, ROUTER_ROWS, "router rows")
-        return RowWriter(_RecordWriter(self._map, _ROW_AT + index * _ROW_STRIDE), index)
+        return RowWriter(_RecordWriter(self._map, self._words, _ROW_AT + index * _ROW_STRIDE), index)
 
     def gpu_writer(self, index: int) -> GpuWriter:
         """The writer of GPU record `index`; the node's sampler is the only one who asks for it."""
         if not 0 <= index < GPU_RECORDS:
             raise BoardError(f"the board has room for {GPU_RECORDS} GPUs, not for GPU {index}")
-        return GpuWriter(_RecordWriter(self._map, _GPU_AT + index * _GPU_STRIDE))
+        return GpuWriter(_RecordWriter(self._map, self._words, _GPU_AT + index * _GPU_STRIDE))
 
     def snapshot(self, now_s: float) -> Snapshot:
         """Every occupied record as it is now. Torn slots are named, never guessed at."""
-        ways = self._on_the_way()
+        ways = self._on_the_way(now_s)
         sequences = tuple(self._words[_SLOT_FIRST_WORD:_SLOT_END_WORD:_SLOT_WORDS])
         replicas, torn = [], []
         for slot, sequence in enumerate(sequences):
@@ -218,33 +219,50 @@ class Board:
             return None
         return _decode_gpu(written_at_s, payload)
 
-    def _on_the_way(self) -> list[tuple[int, int]]:
-        """For each slot the requests and tokens assigned to it by any router and not yet received."""
+    def _on_the_way(self, now_s: float) -> list[tuple[int, int]]:
+        """For each slot the requests and tokens assigned to it by any router and not yet received.
+
+        What a row says is over LOST_AFTER_S after it was written: its router is idle or dead.
+        """
         sequences = tuple(self._words[_ROW_FIRST_WORD:_ROW_END_WORD:_ROW_WORDS])
-        if sequences != self._row_sequences:
+        if sequences != self._row_sequences or now_s > self._ways_end_s:
             rows = [self._row(row) for row in range(ROUTER_ROWS) if sequences[row]]
-            sums = [sum(column) for column in zip(*rows, strict=True)] or [0] * (2 * REPLICA_SLOTS)
+            fresh = [(end_s, row) for end_s, row in rows if end_s >= now_s]
+            sums = [sum(column) for column in zip(*(row for _, row in fresh), strict=True)] or [0] * (2 * REPLICA_SLOTS)
             self._ways = list(zip(sums[::2], sums[1::2], strict=True))
+            self._ways_end_s = min((end_s for end_s, _ in fresh), default=math.inf)
             self._row_sequences = sequences
         return self._ways
 
-    def _row(self, row: int) -> tuple[int, ...]:
+    def _row(self, row: int) -> tuple[float, tuple[int, ...]]:
+        """When the row is over, and its numbers."""
         try:
-            sequence, _, payload = _read(self._map, _ROW_AT + row * _ROW_STRIDE, _ROW.size)
+            sequence, written_at_s, payload = _read(self._map, _ROW_AT + row * _ROW_STRIDE, _ROW.size)
         except Torn:  # its router rewrites it at its next decision; until then it counts for nothing
-            sequence = 0
-        return _ROW.unpack(payload) if sequence else (0,) * (2 * REPLICA_SLOTS)
+            sequence, written_at_s = 0, math.inf
+        return written_at_s + LOST_AFTER_S, _ROW.unpack(payload) if sequence else (0,) * (2 * REPLICA_SLOTS)
 
     def _owner_at(self, at: int) -> Owner:
         _, _, pid, ticks, _ = _RECORD.unpack_from(self._map, at)
         return Owner(pid, ticks)
 
+    @contextlib.contextmanager
+    def _held_still(self) -> Iterator[None]:
+        """Nobody else claims meanwhile, and the file is still the one that was mapped."""
+        try:
+            with open(self.path, "rb") as file, _locked(file.fileno()):
+                if self.replaced():
+                    raise FileNotFoundError
+                yield
+        except FileNotFoundError:
+            raise BoardError(f"the board {self.path} was removed since it was opened; open it again") from None
+
     def _claim(self, first: int, stride: int, count: int, what: str) -> int:
-        with open(self.path, "rb") as file, _locked(file.fileno()):
+        with self._held_still():
             for index in range(count):
                 at = first + index * stride
                 if not self._owner_at(at).alive():
-                    _RecordWriter(self._map, at).wipe(stride)
+                    _RecordWriter(self._map, self._words, at).wipe(stride)
                     return index
         raise BoardError(f"all {count} {what} of {self.path} are taken; run fewer, or remove the file")
 
@@ -256,34 +274,38 @@ def _every_record() -> Iterator[int]:
 
 
 class _RecordWriter:
-    """Writes one record; the only writer of it."""
+    """Writes one record; the only writer of it.
 
-    def __init__(self, memory: mmap.mmap, at: int) -> None:
+    The sequence number is stored through `words`: `struct.pack_into` first fills its target with zeros, and a zero
+    says that the record is empty.
+    """
+
+    def __init__(self, memory: mmap.mmap, words: memoryview, at: int) -> None:
         self._memory = memory
+        self._words = words
         self._at = at
         self._owner = Owner.me()
-        (sequence,) = _SEQUENCE.unpack_from(memory, at)
-        self._sequence = sequence + sequence % 2
+        # Above whatever an earlier owner wrote, for it grew by 2 a write, so that no reader's cache survives.
+        self._sequence = time.monotonic_ns() // 2 * 2
 
     def wipe(self, stride: int) -> None:
-        """Empty the record and take it; its sequence goes on, so that no reader's cache survives."""
-        self._memory[self._at + _RECORD.size : self._at + stride] = bytes(stride - _RECORD.size)
-        self._sequence += 2
-        _RECORD.pack_into(self._memory, self._at, 0, 0, self._owner.pid, self._owner.start_ticks, 0.0)
+        """Empty the record and take it."""
+        empty = bytes(stride - _RECORD.size)
+        self._store(0, _AFTER_SEQUENCE.pack(0, self._owner.pid, self._owner.start_ticks, 0.0) + empty)
 
     def write(self, payload: bytes, now_s: float) -> None:
         sequence = self._sequence = self._sequence + 2
-        memory, at = self._memory, self._at
-        _SEQUENCE.pack_into(memory, at, sequence - 1)
-        _RECORD.pack_into(
-            memory, at, sequence - 1, zlib.crc32(payload), self._owner.pid, self._owner.start_ticks, now_s
-        )
-        start = at + _RECORD.size
-        memory[start : start + len(payload)] = payload
-        _SEQUENCE.pack_into(memory, at, sequence)
+        head = _AFTER_SEQUENCE.pack(zlib.crc32(payload), self._owner.pid, self._owner.start_ticks, now_s)
+        self._store(sequence - 1, head + payload)
+        self._words[self._at // 8] = sequence
 
     def release(self) -> None:
-        _RECORD.pack_into(self._memory, self._at, 0, 0, 0, 0, 0.0)
+        self._store(0, bytes(_AFTER_SEQUENCE.size))
+
+    def _store(self, sequence: int, rest: bytes) -> None:
+        self._words[self._at // 8] = sequence
+        start = self._at + _SEQUENCE.size
+        self._memory[start : start + len(rest)] = rest
 
 
 @dataclass(slots=True)
@@ -307,6 +329,7 @@ class SlotFields:
     received_total: int = 0
     finished_total: int = 0
     gpu_memory_bytes: int = 0
+    kv_tokens_peak: int = 0
 
 
 class SlotWriter:
@@ -326,7 +349,7 @@ class SlotWriter:
                 self._replica_id, f.gpu, f.state, f.in_flight_requests, f.in_flight_tokens, f.running_requests,
                 f.waiting_requests, f.kv_blocks_used, f.kv_blocks_total, f.kv_block_tokens, f.max_running_requests,
                 f.step_time_s, f.prompt_tokens_total, f.output_tokens_total, f.preemptions_total, f.received_total,
-                f.finished_total, f.gpu_memory_bytes, *self.received_by_router,
+                f.finished_total, f.gpu_memory_bytes, *self.received_by_router, f.kv_tokens_peak,
             ),
             now_s,
         )  # fmt: skip
@@ -379,15 +402,45 @@ def _locked(descriptor: int) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def _initialise(path: Path, descriptor: int) -> None:
-    head = os.pread(descriptor, _HEADER.size, 0)
-    if len(head) == _HEADER.size and _HEADER.unpack(head) == (_MAGIC, _LAYOUT_VERSION, BOARD_BYTES):
-        return
+def _open_file(path: Path) -> int:
     try:
-        os.ftruncate(descriptor, 0)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise BoardError(f"cannot open the board {path}: {error.strerror}; remove that file") from error
+    found = os.fstat(descriptor)
+    if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        raise BoardError(f"the board {path} belongs to another user; remove it or name the application otherwise")
+    raise BoardError(f"cannot open the board {path}: it is not a regular file; remove it")
+
+
+def _made_ready(path: Path, descriptor: int) -> bool:
+    """Whether the locked file is a board and still at `path`; one of another layout is removed, never overwritten.
+
+    Whoever has mapped the old file keeps it, and sees that it was replaced.
+    """
+    found = os.fstat(descriptor)
+    if not found.st_nlink:
+        return False
+    if not found.st_size:
+        _initialise(path, descriptor)
+        return True
+    head = os.pread(descriptor, _HEADER.size, 0)
+    if found.st_size == BOARD_BYTES and _HEADER.unpack(head) == (_MAGIC, _LAYOUT_VERSION, BOARD_BYTES):
+        return True
+    path.unlink()
+    return False
+
+
+def _initialise(path: Path, descriptor: int) -> None:
+    try:
         os.posix_fallocate(descriptor, 0, BOARD_BYTES)
     except OSError as error:
-        raise BoardError(f"cannot make the board {path} of {BOARD_BYTES} bytes: {error.strerror}; free shared memory") from error
+        os.ftruncate(descriptor, 0)
+        wanted = f"cannot make the board {path} of {BOARD_BYTES} bytes"
+        raise BoardError(f"{wanted}: {error.strerror}; free shared memory") from error
     os.pwrite(descriptor, _HEADER.pack(_MAGIC, _LAYOUT_VERSION, BOARD_BYTES), 0)
 
 
@@ -406,9 +459,11 @@ def _read(memory: mmap.mmap, at: int, size: int) -> tuple[int, float, bytes]:
 
 def _decode_slot(slot: int, written_at_s: float, payload: bytes, way_requests: int, way_tokens: int) -> ReplicaReading:
     name, gpu, state, in_flight, in_flight_tokens, *rest = _SLOT.unpack(payload)
+    *rest, kv_tokens_peak = rest
+    others = (*rest[:-ROUTER_ROWS], tuple(rest[-ROUTER_ROWS:]), kv_tokens_peak)
     return ReplicaReading(
         slot, name.rstrip(b"\0").decode(), gpu, ReplicaState(state), written_at_s,
-        in_flight, in_flight_tokens, way_requests, way_tokens, *rest[:-ROUTER_ROWS], tuple(rest[-ROUTER_ROWS:]),
+        in_flight, in_flight_tokens, way_requests, way_tokens, *others,
     )  # fmt: skip
 
 

@@ -43,11 +43,16 @@ class OnTheWay:
         self._row.add(replica.slot, 1, tokens)
         self._row.publish(now_s)
 
-    def reconcile(self, snapshot: Snapshot) -> None:
-        """Strike what the replicas have received since, and what has been under way for too long."""
+    def reconcile(self, snapshot: Snapshot) -> bool:
+        """Strike what the replicas have received since, and what has been under way for too long.
+
+        Whether anything was struck: `on_the_way_*` of the replicas in `snapshot` then say too much.
+        """
         changed = False
         seen = {replica.slot: replica for replica in snapshot.replicas}
         for slot, state in list(self._slots.items()):
+            if slot in snapshot.torn_slots:
+                continue
             replica = seen.get(slot)
             gone = replica is None or replica.replica_id != state.replica_id
             struck = state.all() if gone or replica is None else self._received(state, replica, snapshot.now_s)
@@ -58,6 +63,7 @@ class OnTheWay:
                 del self._slots[slot]
         if changed:
             self._row.publish(snapshot.now_s)
+        return changed
 
     def _of(self, replica: ReplicaReading) -> _Slot:
         state = self._slots.get(replica.slot)
@@ -73,13 +79,17 @@ class OnTheWay:
 
 
 class _Slot:
-    """Assignments to one replica, oldest first. Arrivals strike the oldest: counts are exact, tokens nearly so."""
+    """Assignments to one replica, oldest first. Counts are exact, tokens nearly so.
+
+    An arrival strikes the newest: what stays the oldest for LOST_AFTER_S has been below all that arrived since, which
+    is how the lost are told from the busy. Striking the oldest would keep a lost one's place taken for as long as
+    others come. One that arrives after it was given up strikes another early, until nothing is under way.
+    """
 
     def __init__(self, replica_id: str, received: int) -> None:
         self.replica_id = replica_id
         self.pending: deque[tuple[float, int]] = deque()
         self._received = received
-        self._lost = 0
 
     def all(self) -> list[int]:
         return [tokens for _, tokens in self.pending]
@@ -87,13 +97,10 @@ class _Slot:
     def arrive(self, received: int) -> list[int]:
         arrived = received - self._received
         self._received = received
-        late = min(arrived, self._lost)  # given up for lost, and here after all
-        self._lost -= late
-        return [self.pending.popleft()[1] for _ in range(min(arrived - late, len(self.pending)))]
+        return [self.pending.pop()[1] for _ in range(min(arrived, len(self.pending)))]
 
     def lose(self, before_s: float) -> list[int]:
         lost = []
         while self.pending and self.pending[0][0] < before_s:
             lost.append(self.pending.popleft()[1])
-        self._lost += len(lost)
         return lost

@@ -64,6 +64,8 @@ class ReplicaReading:
     `in_flight_*` counts what the replica has accepted and not yet answered in full; `on_the_way_*` what routers
     have assigned to it and it has not yet received. Token counts are the routers' own predictions (prompt plus
     expected output), summed. Counters named `*_total` only grow during one life of the replica.
+    `kv_tokens_peak` is the most KV tokens that the requests in flight are expected to hold at any one time
+    (`balancer.kv_peak`, at most a heartbeat old, plus all of what was accepted since); 0 where it is not known.
     `received_by_router[row]` counts the requests that came from the router holding that row of the board.
     """
 
@@ -90,6 +92,7 @@ class ReplicaReading:
     finished_total: int
     gpu_memory_bytes: int = 0
     received_by_router: tuple[int, ...] = ()
+    kv_tokens_peak: int = 0
 
     @property
     def assigned_requests(self) -> int:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
+import random
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from balancer import haproxy_view
-from balancer.board import Board, RowWriter
+from balancer.admission import Dispatcher
+from balancer.board import Board, BoardError, RowWriter
+from balancer.cost import CostEstimator
+from balancer.knobs import Knobs
 from balancer.on_the_way import OnTheWay
-from balancer.policies import Knobs, Policy, decide, make_policy
-from balancer.readings import Decision, ReplicaReading, RequestCost, Snapshot, Verdict
+from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict
 from balancer.ticket import HEADER, Ticket
 
 logger = logging.getLogger(__name__)
@@ -30,34 +34,39 @@ Send = Callable[[Message], Awaitable[None]]
 # HAProxy's view changes when replicas come and go, which is announced on the board first.
 _VIEW_EVERY_S = 0.5
 _BOARD_CHECK_EVERY_S = 1.0
+# How often waiting requests are looked at: an engine step takes at least as long, and nothing frees room in between.
+_RELEASE_EVERY_S = 0.003
+# The same while nothing waits: the active set is measured then too.
+_IDLE_EVERY_S = 0.02
 PROBE_FIELD = b'"splitwiser_probe"'
+_SESSION_HEADER = b"x-session-id"
+
+Answer = tuple[int, bytes]
 
 
 class RouteService:
-    """One router: a policy, a row of the board, and HAProxy's view of the replicas.
+    """One router: a dispatcher with its queue, a row of the board, and HAProxy's view of the replicas.
 
     Use it as an ASGI application after `start`; `close` gives the row back.
     """
 
     def __init__(
-        self,
-        board_path: Path,
-        knobs: Knobs,
-        clock: Callable[[], float],
-        haproxy_socket: Path | None = None,
-        policy: Policy | None = None,
+        self, board_path: Path, knobs: Knobs, clock: Callable[[], float], haproxy_socket: Path | None = None
     ) -> None:
         self._board_path = board_path
-        self._knobs = knobs
         self._clock = clock
         self._haproxy_socket = haproxy_socket
-        self._policy = policy or make_policy(knobs)
+        self._dispatcher = Dispatcher(knobs, random.Random(knobs.seed))
+        self._estimator = CostEstimator(knobs)
+        self._ids = map(str, itertools.count())
+        self._waiting: dict[str, tuple[RequestCost, asyncio.Future[Answer]]] = {}
         self._reachable: frozenset[str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._attach()
 
     async def start(self) -> None:
-        """Begin to follow HAProxy's view and the board's file."""
+        """Begin to release what waits, and to follow HAProxy's view and the board's file."""
+        self._tasks.append(asyncio.create_task(self._release()))
         self._tasks.append(asyncio.create_task(self._follow_board()))
         if self._haproxy_socket is not None:
             self._tasks.append(asyncio.create_task(self._follow_haproxy(self._haproxy_socket)))
@@ -70,51 +79,91 @@ class RouteService:
         self._board.leave()
 
     def reconfigure(self, knobs: Knobs) -> None:
-        """Take another policy or other knobs, effective with the next decision."""
-        self._policy = make_policy(knobs)
-        self._knobs = knobs
+        """Take another policy or other knobs, effective with the next decision; what waits goes on waiting."""
+        self._dispatcher.reconfigure(knobs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http" and scope["path"] == "/internal/route" and scope["method"] == "POST":
-            await _reply(send, *self.route(await _body(receive)))
+            session = next((value for name, value in scope["headers"] if name == _SESSION_HEADER), b"")
+            answer = self.route(await _body(receive), session.decode("latin-1"))
+            await _reply(send, *(answer if isinstance(answer, tuple) else await self._until_decided(answer, receive)))
         elif scope["type"] == "http":
             await _reply(send, 404, b'{"detail":"only POST /internal/route is served here"}')
 
-    def route(self, body: bytes) -> tuple[int, bytes]:
-        """Decide about one request. 200 with a replica id and a ticket, or 503 when there is no replica to name at all."""
-        snapshot = self._snapshot()
-        if PROBE_FIELD in body:
-            return _probe(body, snapshot)
-        cost = estimate(body)
-        return self._answer(decide(self._policy, self._knobs, cost, snapshot), cost, snapshot)
+    def route(self, body: bytes, session: str = "") -> Answer | asyncio.Future[Answer]:
+        """Decide about one request: 200 with a replica id and a ticket, or 503 when there is no replica to name.
 
-    def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot) -> tuple[int, bytes]:
+        A request that must wait gets a future of that; cancelling it gives up the place in the queue.
+        """
+        snapshot = self._snapshot()
+        if PROBE_FIELD in body and (slot := _probed_slot(body)) is not None:
+            return _probe(slot, snapshot)
+        cost, request_id = self._estimator.estimate(body, session), next(self._ids)
+        decision = self._dispatcher.submit(request_id, cost, snapshot)
+        if decision.verdict is not Verdict.WAIT:
+            return self._answer(decision, cost, snapshot)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = cost, future
+        future.add_done_callback(lambda _: self._forget(request_id))
+        return future
+
+    @property
+    def waiting(self) -> int:
+        return self._dispatcher.waiting
+
+    async def _until_decided(self, future: asyncio.Future[Answer], receive: Receive) -> Answer:
+        """The answer, unless HAProxy hangs up first: its client has gone."""
+        hung_up = asyncio.create_task(_disconnected(receive))
+        either: set[asyncio.Future[Any]] = {future, hung_up}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return future.result() if future.done() else (503, b'{"detail":"the client has gone"}')
+        finally:
+            hung_up.cancel()
+            future.cancel()
+
+    def _forget(self, request_id: str) -> None:
+        del self._waiting[request_id]
+        self._dispatcher.cancel(request_id)
+
+    async def _release(self) -> None:
+        while True:
+            await asyncio.sleep(_RELEASE_EVERY_S if self._waiting else _IDLE_EVERY_S)
+            snapshot = self._snapshot()
+            for request_id, decision in self._dispatcher.release(snapshot):
+                cost, future = self._waiting[request_id]
+                if not future.done():  # else its client went in this very turn of the loop
+                    future.set_result(self._answer(decision, cost, snapshot))
+
+    def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot) -> Answer:
+        policy = self._dispatcher.knobs.policy
         if decision.verdict is Verdict.ASSIGN:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s)
-            return _name(replica, Ticket(self._policy.name, decision.reason, self._row.index, cost.tokens))
+            return _name(replica, Ticket(policy, decision.reason, self._row.index, cost.tokens))
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
         if not snapshot.replicas:
             return 503, json.dumps({"detail": decision.reason}).encode()
-        ticket = Ticket(
-            self._policy.name, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s
-        )
-        return _name(snapshot.replicas[0], ticket)
+        ticket = Ticket(policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s)
+        return _name(max(snapshot.replicas, key=_most_likely_to_answer), ticket)
 
     def _snapshot(self) -> Snapshot:
         """The board as it is now, without the replicas that HAProxy cannot reach."""
         snapshot = self._board.snapshot(self._clock())
-        self._on_the_way.reconcile(snapshot)
+        if self._on_the_way.reconcile(snapshot):
+            snapshot = self._board.snapshot(snapshot.now_s)
+        self._estimator.learn(snapshot)
         if self._reachable is None:
             return snapshot
         known = tuple(r for r in snapshot.replicas if haproxy_view.server_name(r.replica_id) in self._reachable)
         return Snapshot(snapshot.now_s, known, snapshot.gpus, snapshot.torn_slots)
 
     def _attach(self) -> None:
-        self._board = Board.open(self._board_path)
-        self._row: RowWriter = self._board.claim_row()
+        board = Board.open(self._board_path)
+        self._row: RowWriter = board.claim_row()
+        self._board = board
         self._on_the_way = OnTheWay(self._row)
 
     async def _follow_board(self) -> None:
@@ -122,8 +171,16 @@ class RouteService:
             await asyncio.sleep(_BOARD_CHECK_EVERY_S)
             if self._board.replaced():
                 logger.warning("the board %s was replaced; opening it again", self._board_path)
-                self._board.close()
-                self._attach()
+                self._move()
+
+    def _move(self) -> None:
+        old = self._board
+        try:
+            self._attach()
+        except BoardError as error:
+            logger.warning("%s; trying again", error)
+        else:
+            old.close()
 
     async def _follow_haproxy(self, socket: Path) -> None:
         while True:
@@ -134,25 +191,26 @@ class RouteService:
             await asyncio.sleep(_VIEW_EVERY_S)
 
 
-def estimate(body: bytes) -> RequestCost:
-    """A first guess at the cost of a request from its size alone: four bytes of JSON a prompt token, 128 tokens out."""
-    return RequestCost(prompt_tokens=len(body) // 4, output_tokens=128)
+def _most_likely_to_answer(replica: ReplicaReading) -> tuple[bool, float]:
+    return replica.state is ReplicaState.READY, replica.written_at_s
 
 
-def _probe(body: bytes, snapshot: Snapshot) -> tuple[int, bytes]:
-    """Name the replica in the slot that a readiness probe asks for."""
-    with contextlib.suppress(ValueError, AttributeError):
-        slot = json.loads(body).get("splitwiser_probe")
-        for replica in snapshot.ready(stale_after_s=float("inf")):
-            if replica.slot == slot:
-                return _name(replica, Ticket("probe", "probe", probe=True))
+def _probed_slot(body: bytes) -> int | None:
+    """The slot that a readiness probe asks for; None when the body only mentions the field somewhere."""
+    with contextlib.suppress(ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        return int(json.loads(body).get("splitwiser_probe"))
+    return None
+
+
+def _probe(slot: int, snapshot: Snapshot) -> Answer:
+    for replica in snapshot.ready(stale_after_s=float("inf")):
+        if replica.slot == slot:
+            return _name(replica, Ticket("probe", "probe", probe=True))
     return 503, b'{"detail":"no ready replica in that slot"}'
 
 
-def _name(replica: ReplicaReading, ticket: Ticket) -> tuple[int, bytes]:
-    return 200, json.dumps(
-        {"replica_id": replica.replica_id, "request_headers": {HEADER: ticket.encode()}}
-    ).encode()
+def _name(replica: ReplicaReading, ticket: Ticket) -> Answer:
+    return 200, json.dumps({"replica_id": replica.replica_id, "request_headers": {HEADER: ticket.encode()}}).encode()
 
 
 async def _body(receive: Receive) -> bytes:
@@ -162,6 +220,11 @@ async def _body(receive: Receive) -> bytes:
         chunks.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(chunks)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _reply(send: Send, status: int, body: bytes) -> None:

@@ -17,7 +17,7 @@ from balancer.readings import NO_SLOT, RequestCost, Snapshot, Verdict
 _UNSEEN = RequestCost(prompt_tokens=128, output_tokens=128)
 
 
-class BoardRouter(RequestRouter):
+class BoardRouter(RequestRouter):  # type: ignore[misc]  # Ray's annotations are not followed
     """Ray Serve's RequestRouter interface over the board. One per proxy process."""
 
     def initialize_state(self, board_path: str, knobs: dict[str, Any]) -> None:
@@ -42,10 +42,13 @@ class BoardRouter(RequestRouter):
 
     def _snapshot(self, known: dict[str, RunningReplica]) -> Snapshot:
         if self._board is None or self._board.replaced():
+            if self._board is not None:
+                self._board.close()
             self._board = Board.open(self._path)
             # Serve's proxy adds no ticket, so replicas cannot tell routers apart: all arrivals count.
             self._on_the_way = OnTheWay(self._board.claim_row(), received=lambda replica: replica.received_total)
         snapshot = self._board.snapshot(time.monotonic())
-        self._on_the_way.reconcile(snapshot)
+        if self._on_the_way.reconcile(snapshot):
+            snapshot = self._board.snapshot(snapshot.now_s)
         replicas = tuple(r for r in snapshot.replicas if r.replica_id in known)
         return Snapshot(snapshot.now_s, replicas, snapshot.gpus, snapshot.torn_slots)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+
+from balancer.board import ROUTER_ROWS
 
 # HAProxy removes every client header with the prefix `x-serve-router-` before it asks the router.
 HEADER = "x-serve-router-splitwiser"
 NO_ROW = -1
+_MOST_TOKENS = 1 << 40
+_NOT_A_WORD = re.compile(r"[^\w.:-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Policy that decided, its reason, the router's row on the board, the predicted tokens; status 200 means serve it."""
+    """Policy that decided, its reason, the router's row on the board, predicted tokens; status 200 means serve it."""
 
     policy: str
     reason: str
@@ -24,13 +30,28 @@ class Ticket:
     def encode(self) -> str:
         """No quotes, no braces: HAProxy's Lua reads the router's answer with a pattern, not a JSON parser."""
         numbers = f"{self.row} {self.tokens} {self.status} {self.retry_after_s:.3f} {int(self.probe)}"
-        return f"{self.policy} {self.reason} {numbers}"
+        return f"{_word(self.policy)} {_word(self.reason)} {numbers}"
 
     @staticmethod
     def decode(text: str) -> Ticket:
-        """Raises ValueError when it is not a ticket."""
+        """Raises ValueError when it is no ticket, or none that a router writes: clients can forge it."""
         policy, reason, row, tokens, status, retry_after_s, probe = text.split(" ")
-        return Ticket(policy, reason, int(row), int(tokens), int(status), float(retry_after_s), probe == "1")
+        ticket = Ticket(policy, reason, int(row), int(tokens), int(status), float(retry_after_s), probe == "1")
+        if not ticket._possible():
+            raise ValueError(f"{text!r} is not a router's ticket")
+        return ticket
+
+    def _possible(self) -> bool:
+        return (
+            NO_ROW <= self.row < ROUTER_ROWS
+            and 0 <= self.tokens <= _MOST_TOKENS
+            and (self.status == 200 or 400 <= self.status < 600)
+            and math.isfinite(self.retry_after_s)
+        )
+
+
+def _word(text: str) -> str:
+    return _NOT_A_WORD.sub("_", text) or "_"
 
 
 DIRECT = Ticket("direct", "asked_directly")

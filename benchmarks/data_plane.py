@@ -1,8 +1,8 @@
-"""Both data planes side by side with echo replicas, and what each part of the way costs: `python -m benchmarks.data_plane`.
+"""Both data planes side by side with echo replicas, and what each part of the way costs.
 
-HAProxy with the route service against Serve's own Python proxy with the same policy: requests/s, latency alone, streamed
-chunks/s, each the median of `--repeats` runs in one go. Then the route service asked directly over HTTP, a policy alone
-with 16 replicas, and a slot's write. One JSON line for each figure.
+`python -m benchmarks.data_plane --out rows.jsonl`: HAProxy with the route service against Serve's own Python proxy with
+the same policy: requests/s, latency alone, streamed chunks/s, each the median of `--repeats` runs in one go. Then the
+route service asked directly over HTTP, a policy alone with 16 replicas, and a slot's write. One JSON line a figure.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import http.client
 import json
 import os
 import re
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,16 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from balancer.board import Board
 from balancer.policies import POLICIES, Knobs, decide, make_policy
 from balancer.readings import ReplicaState, RequestCost
 from benchmarks.load import Load, run, summary
+from benchmarks.serving import serving
 from deployments.launch import runs_folder
 
 REPLICAS = 2
-START_LIMIT_S = 180
+ECHO = {"replicas": REPLICAS, "device": "cpu", "balancer": {"policy": "least_queue"}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _both_planes(repeats: int) -> Iterator[dict[str, Any]]:
     planes: dict[str, dict[str, float]] = {}
     for name, flags in (("haproxy", []), ("plain", ["--plain"])):
-        with echo_system(flags) as url:
+        application = {"import_path": "benchmarks.echo_app:build", "args": ECHO}
+        with serving(application, flags) as url:
             planes[name] = figures = _plane(url, repeats)
             yield {"figure": "data_plane", "plane": name, "replicas": REPLICAS, "repeats": repeats, **figures}
             if name == "haproxy":
@@ -134,44 +131,6 @@ def _board(replicas: int) -> Iterator[tuple[Board, list[Any]]]:
             writer.publish(time.monotonic())
         yield board, writers
         board.close()
-
-
-@contextlib.contextmanager
-def echo_system(flags: list[str]) -> Iterator[str]:
-    """Start echo replicas with `splitwiser serve`; yields the URL once ready, and stops everything."""
-    port = _free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "echo.yaml"
-        args = {"replicas": REPLICAS, "device": "cpu", "balancer": {"policy": "least_queue"}}
-        application = {"name": "default", "route_prefix": "/", "import_path": "benchmarks.echo_app:build", "args": args}
-        logging = {"log_level": "WARNING", "enable_access_log": False}
-        http_options = {"host": "127.0.0.1", "port": port}
-        document = {"http_options": http_options, "logging_config": logging, "applications": [application]}
-        config.write_text(yaml.safe_dump(document))
-        log = Path(folder) / "log"
-        command = [sys.executable, "-m", "deployments.cli", "serve", str(config), *flags]
-        with log.open("w") as output:
-            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            _wait_ready(child, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            child.send_signal(signal.SIGINT)
-            child.wait(60)
-
-
-def _wait_ready(child: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + START_LIMIT_S
-    while "splitwiser: ready" not in log.read_text():
-        if child.poll() is not None or time.monotonic() > deadline_s:
-            raise RuntimeError(f"the echo system did not start: ...{log.read_text()[-2000:]}")
-        time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _percentiles(times_s: Sequence[float]) -> dict[str, float]:

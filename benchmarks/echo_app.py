@@ -34,16 +34,16 @@ def build(args: dict[str, Any]) -> serve.Application:
 class EchoReplica:
     """A replica whose engine is an echo; the slot says that it has room for everything."""
 
-    async def __init__(self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: Any) -> None:
+    def __init__(self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: Any) -> None:
         self._args = parse_args(raw_args)
         self._haproxy = haproxy
         context = serve.get_replica_context()
         self._tag = context.replica_tag
         self._slot = Slot(Path(board_path), context.replica_id.to_full_id_str(), 0, time.monotonic)
         self._slot.engine_ready(blocks=1 << 20, block_tokens=16, max_running_requests=1 << 20)
-        self._beat = asyncio.create_task(self._slot.beat())
 
     async def __serve_build_asgi_app__(self) -> Door:
+        self._beat = asyncio.create_task(self._slot.beat())
         self._slot.set_state(ReplicaState.READY)
         app = Starlette(routes=[Route("/v1/completions", _complete, methods=["POST"]), Route("/v1/models", _models)])
         return Door(app, self._slot, self._tag, self._args.balancer.policy, tickets_required=self._haproxy)

@@ -213,7 +213,7 @@ def error(curves: Curves, rounds: Sequence[Round], guess: dict[str, tuple[float,
     return total
 
 
-def fit(model: str, rounds: Sequence[Round]) -> Curves:
+def fit(model: str, rounds: Sequence[Round], steps: int = 1500) -> Curves:
     """The curves of `model` that explain its MPS and single-engine rounds best (Nelder and Mead on logarithms)."""
     mine = [r for r in rounds if r.model == model and (r.mps or r.engines == 1)]
     if not mine:
@@ -227,7 +227,7 @@ def fit(model: str, rounds: Sequence[Round]) -> Curves:
     start = [math.log(guess[name][0]) for name in names]
     best = start
     for _ in range(4):  # restarts free a simplex that has collapsed
-        best = nelder_mead(lambda x: error(curves(x), mine, guess), best, steps=1500)
+        best = nelder_mead(lambda x: error(curves(x), mine, guess), best, steps=steps)
     return curves(best)
 
 

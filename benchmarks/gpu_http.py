@@ -1,8 +1,8 @@
 """Systems side by side on one GPU, through HTTP: one `vllm serve`, and splitwiser-serve with 1 and 4 replicas.
 
-`python -m benchmarks.gpu_http --out rows.jsonl --seconds 500` makes an OPT-125m-shaped model with random weights, starts
-each system in turn with the same engine arguments and the same KV bytes in all, sends closed loops of 1024 tokens in
-and 1024 out, and writes one JSON line for each system and load. The rows say what was started and with what.
+`python -m benchmarks.gpu_http --out rows.jsonl --seconds 500` makes a model of OPT-125m's shape with random weights,
+starts each system in turn with the same engine arguments and the same KV bytes in all, sends closed loops of 1024
+tokens in and 1024 out, and writes one JSON line for each system and load, with what was started.
 """
 
 from __future__ import annotations

@@ -79,7 +79,10 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _share(load: Load, processes: int, k: int) -> Load:
-    part = {name: getattr(load, name) // processes + (k < getattr(load, name) % processes) for name in ("concurrency", "requests")}
+    part = {
+        name: getattr(load, name) // processes + (k < getattr(load, name) % processes)
+        for name in ("concurrency", "requests")
+    }
     return Load(**{**asdict(load), **part, "seed": load.seed * 1000 + k})
 
 
@@ -149,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--out", type=Path, help="append one JSON line here")
     o = parser.parse_args(arguments)
-    load = Load(o.url, o.model, o.concurrency, o.requests, o.prompt_tokens, o.output_tokens, o.stream, o.seed, o.vocabulary)
+    load = Load(
+        o.url, o.model, o.concurrency, o.requests, o.prompt_tokens, o.output_tokens, o.stream, o.seed, o.vocabulary
+    )
     row = {**asdict(load), "processes": o.processes, **summary(run(load, o.processes))}
     print(json.dumps(row))
     if o.out:

@@ -21,6 +21,7 @@ from benchmarks.workloads import Workload
 
 # How often the route service looks at the board while nothing else makes it.
 TICK_S = 0.02
+LEARN_S = 0.1
 SAMPLE_S = 0.1
 # Clients of a closed loop do not start at one instant.
 RAMP_S = 0.2
@@ -99,6 +100,7 @@ class Simulation:
         self.timeline: list[tuple[float, int, float, float, int]] = []
         self.output_at_warmup = self.prompt_at_warmup = 0
         self._last_output = 0
+        self._learn_at_s = 0.0
         self._order = itertools.count()
         self._events: list[tuple[float, int, int, Any]] = []
 
@@ -199,8 +201,11 @@ class Simulation:
             self._begin(engine)
 
     def _tick(self, _: None) -> None:
-        self.estimator.learn(self._snapshot())
-        self._release()
+        if self.now_s >= self._learn_at_s:
+            self._learn_at_s = self.now_s + LEARN_S
+            self.estimator.learn(self._snapshot())
+        if self.case.knobs.policy == "gpu_aware":
+            self._release()
         self._at(self.now_s + TICK_S, _TICK, None)
 
     def _release(self) -> None:

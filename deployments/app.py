@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from balancer.board import board_path
-from balancer.policies import Knobs
+from balancer.knobs import Knobs
 from balancer.route_service import RouteService
 from deployments import device, gpu_setup
 from deployments.config import ServeArgs, parse_args
@@ -40,7 +40,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def assemble(args: dict[str, Any], config: ServeArgs, on: str, replica: type) -> serve.Application:
-    """Wire `replica` to the device manager and to the balancer: through HAProxy where Serve has it, else Serve's proxy."""
+    """Wire `replica` to the device manager and the balancer, through HAProxy where Serve has it, else Serve's proxy."""
     board, haproxy = str(board_path(_run_name())), haproxy_enabled()
     app = _replicas(replica, config, on, haproxy, board).bind(args, board, haproxy, _manager(args, on, board))
     return attach_router(app, _router(config, board)) if haproxy else app
@@ -73,7 +73,7 @@ def haproxy_socket() -> Path:
     from ray.serve._private.constants import RAY_SERVE_HAPROXY_SOCKET_PATH
 
     path = Path(RAY_SERVE_HAPROXY_SOCKET_PATH)
-    return path.parent / ray.get_runtime_context().get_node_id() / path.name
+    return path.parent / str(ray.get_runtime_context().get_node_id()) / path.name
 
 
 def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: str) -> serve.Deployment:
@@ -100,9 +100,7 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
 
 
 def _manager(args: dict[str, Any], on: str, board: str) -> serve.Application:
-    deployment = serve.deployment(
-        DeviceManager, name="DeviceManager", ray_actor_options={"num_cpus": 0}, **_STOPPING
-    )
+    deployment = serve.deployment(DeviceManager, name="DeviceManager", ray_actor_options={"num_cpus": 0}, **_STOPPING)
     return deployment.bind(args, on, board)
 
 
@@ -121,7 +119,7 @@ def _router(config: ServeArgs, board: str) -> serve.Application:
 class Router:
     """The route service as a Serve deployment, one per proxy node."""
 
-    async def __init__(self, board: str, knobs: dict[str, Any]) -> None:
+    def __init__(self, board: str, knobs: dict[str, Any]) -> None:
         self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket())
 
     async def __serve_build_asgi_app__(self) -> RouteService:

@@ -1,19 +1,20 @@
-"""The arguments of `serve_config.yaml`, checked: what is unknown or impossible is refused in one sentence naming the key."""
+"""The arguments of `serve_config.yaml`, checked: what is unknown or impossible is refused in one sentence."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from balancer.board import REPLICA_SLOTS
 from balancer.policies import POLICIES, Knobs
 
-IMPORT_PATH = "deployments.app:build"
+IMPORT_PATHS = ("deployments.app:build", "benchmarks.echo_app:build")
 
 # Engine arguments that the system itself sets; the second string says where the user's wish belongs.
 OWNED_ENGINE_ARGUMENTS = {
@@ -34,20 +35,108 @@ OWNED_ENGINE_ARGUMENTS = {
     "root_path": "set `route_prefix` instead",
 }
 
+# What Ray Serve (2.60) reads from a configuration file; it ignores every other key without a word.
+DOCUMENT_KEYS = frozenset({
+    "applications", "controller_options", "grpc_options", "http_options", "logging_config", "proxy_location",
+    "target_capacity", "tracing_config",
+})  # fmt: skip
+APPLICATION_KEYS = frozenset({
+    "args", "autoscaling_policy", "deployments", "external_scaler_enabled", "host", "import_path", "logging_config",
+    "name", "port", "route_prefix", "runtime_env",
+})  # fmt: skip
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
 
 class ConfigError(ValueError):
     """A setting is unknown or impossible. The message is one sentence that names the key and the mend."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Bounds(BaseModel):
+    """Bounds of some keys; None is not set, and keys without a bound are not looked at."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _expanded(value: Any) -> Any:
+    """vLLM's way to write large numbers: 8k is 8000, 8K is 8192."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", value) if isinstance(value, str) else None
+    return int(float(found[1]) * _SUFFIXES[found[2]]) if found else value
+
+
+def _length(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError("must be at least 1, or -1 to let vLLM choose")
+    return value
+
+
+_Whole = Annotated[int, BeforeValidator(_expanded)]
+_Count = Annotated[_Whole, Field(ge=1)]
+_Amount = Annotated[_Whole, Field(ge=0)]
+_Length = Annotated[_Whole, BeforeValidator(lambda value: -1 if value == "auto" else value), AfterValidator(_length)]
+
+
+class EngineBounds(_Bounds):
+    """The numeric engine arguments that an engine would choke on only after minutes, or silently misread."""
+
+    max_model_len: _Length | None = None
+    max_num_seqs: _Count | None = None
+    max_num_batched_tokens: _Count | None = None
+    max_num_scheduled_tokens: _Count | None = None
+    max_num_queued_tokens: _Amount | None = None
+    max_num_queued_reqs: _Amount | None = None
+    kv_cache_memory_bytes: _Count | None = None
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    block_size: _Count | None = None
+    num_gpu_blocks_override: _Count | None = None
+    cpu_offload_gb: float | None = Field(None, ge=0)
+    kv_offloading_size: float | None = Field(None, ge=0)
+    mm_processor_cache_gb: float | None = Field(None, ge=0)
+    long_prefill_token_threshold: _Amount | None = None
+    prefill_schedule_interval: _Count | None = None
+    stream_interval: _Count | None = None
+    max_logprobs: int | None = Field(None, ge=-1)
+    max_loras: _Count | None = None
+    max_cpu_loras: _Count | None = None
+    watermark: float | None = Field(None, ge=0, lt=1)
+
+
+class KnobBounds(_Bounds):
+    """The balancer's knobs; their types and defaults stand in `balancer.knobs`."""
+
+    stale_after_s: float | None = Field(None, gt=0)
+    seed: int | None = None
+    queue_limit: int | None = Field(None, ge=0)
+    queue_deadline_s: float | None = Field(None, ge=0)
+    active_set: int | None = Field(None, ge=1)
+    kv_reserve_ratio: float | None = Field(None, ge=0, lt=1)
+    overtake_limit: int | None = Field(None, ge=0)
+    overtake_patience_s: float | None = Field(None, ge=0)
+    affinity_load_bound: float | None = Field(None, ge=1)
+    gain_ratio: float | None = Field(None, ge=0)
+    default_output_tokens: int | None = Field(None, ge=1)
+
+
+class HttpBounds(_Bounds):
+    """Where the address is; Ray checks the rest."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
 
 
 class MonitoringConfig(_Strict):
     """How the machine is watched."""
 
-    sample_hz: float = Field(25.0, ge=1.0, le=100.0)
-    memory_reserve_gib: float = Field(1.0, ge=0.0)
+    sample_hz: float = Field(25.0, ge=1.0, le=100.0, strict=True)
+    memory_reserve_gib: float = Field(1.0, ge=0.0, strict=True)
 
 
 class BalancerConfig(_Strict):
@@ -70,9 +159,9 @@ class BalancerConfig(_Strict):
 class ServeArgs(_Strict):
     """The `args:` of the application."""
 
-    model: str = "demo"
-    served_model_name: str | None = None
-    replicas: int = Field(2, ge=1, le=REPLICA_SLOTS)
+    model: str = Field("demo", min_length=1)
+    served_model_name: str | None = Field(None, min_length=1)
+    replicas: int = Field(2, ge=1, le=REPLICA_SLOTS, strict=True)
     device: Literal["auto", "gpu", "cpu"] = "auto"
     mps: Literal["auto", "on", "off"] = "auto"
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -91,13 +180,11 @@ class ServeArgs(_Strict):
 
 def parse_args(raw: dict[str, Any]) -> ServeArgs:
     """Check the application's arguments. Raises ConfigError."""
-    try:
-        args = ServeArgs.model_validate(raw)
-    except pydantic.ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+    args = _validated(ServeArgs, raw, "args")
     _check_knobs(args.balancer)
     _check_engine(args.engine)
-    return args
+    numbers = _validated(EngineBounds, args.engine, "engine").model_dump(exclude_none=True)
+    return args.model_copy(update={"engine": {**args.engine, **numbers}})
 
 
 def load(path: Path) -> tuple[ServeArgs, dict[str, Any]]:
@@ -106,26 +193,38 @@ def load(path: Path) -> tuple[ServeArgs, dict[str, Any]]:
     Raises ConfigError when the file is missing, is not YAML, or is not one application of this project.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; name an existing configuration file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError(f"{path} must hold exactly one entry under `applications`")
-    if applications[0].get("import_path") != IMPORT_PATH:
-        raise ConfigError(f"`import_path` in {path} must be {IMPORT_PATH}")
+    if applications[0].get("import_path") not in IMPORT_PATHS:
+        raise ConfigError(f"`import_path` in {path} must be {IMPORT_PATHS[0]}")
+    _check_keys(applications[0], APPLICATION_KEYS, "applications.0.")
+    _check_keys(document, DOCUMENT_KEYS, "")
+    _validated(HttpBounds, document.get("http_options") or {}, "http_options")
     return parse_args(applications[0].get("args") or {}), document
 
 
-def _sentence(error: pydantic.ValidationError) -> str:
+def _validated(model: type[Model], raw: Any, key: str) -> Model:
+    """`raw` as a `model`. Raises ConfigError, which names the key within `key` (within nothing for `args`)."""
+    try:
+        return model.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_sentence(error, key)) from None
+
+
+def _sentence(error: pydantic.ValidationError, within: str) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    prefix = () if within == "args" and first["loc"] else (within,)
+    key = ".".join(str(part) for part in (*prefix, *first["loc"]))
     if first["type"] == "extra_forbidden":
         known = ", ".join(sorted(_siblings(first["loc"])))
         return f"unknown key `{key}`; known here are {known}"
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    reason = re.sub(r"^(Value error, |Input |String |Value )", "", first["msg"])
     return f"`{key}` is {first['input']!r}, but it {reason}"
 
 
@@ -136,15 +235,20 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _check_knobs(balancer: BalancerConfig) -> None:
-    known = {f.name for f in dataclasses.fields(Knobs)}
-    for key in balancer.model_extra or {}:
+def _check_keys(found: dict[str, Any], known: frozenset[str], prefix: str) -> None:
+    for key in found:
         if key not in known:
-            raise ConfigError(f"unknown key `balancer.{key}`; known here are {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown key `{prefix}{key}`; known here are {', '.join(sorted(known))}")
+
+
+def _check_knobs(balancer: BalancerConfig) -> None:
+    set_here = balancer.model_extra or {}
+    _check_keys(set_here, frozenset(f.name for f in dataclasses.fields(Knobs)), "balancer.")
+    _validated(KnobBounds, set_here, "balancer")
     try:
         pydantic.TypeAdapter(Knobs).validate_python(dataclasses.asdict(balancer.knobs()))
     except pydantic.ValidationError as error:
-        raise ConfigError(f"`balancer.{_sentence(error).removeprefix('`')}") from None
+        raise ConfigError(_sentence(error, "balancer")) from None
 
 
 def _check_engine(engine: dict[str, Any]) -> None:
@@ -154,7 +258,7 @@ def _check_engine(engine: dict[str, Any]) -> None:
     known = _engine_argument_names()
     for key in engine:
         if key not in known:
-            raise ConfigError(f"unknown engine argument `engine.{key}`; vLLM's own arguments are allowed, with underscores")
+            raise ConfigError(f"unknown engine argument `engine.{key}`; write one of vLLM's own, with underscores")
 
 
 def _engine_argument_names() -> set[str]:

@@ -51,8 +51,8 @@ class DemoSpec:
     """The demo model's shape and the spread of its random weights.
 
     `vocab_size` is an upper bound: a short text can hold fewer merges. `padded_vocab_size` widens the embedding and the
-    head with ids that are never emitted, to give a benchmark's model the cost of a real vocabulary. `logit_std` spreads the logits of the tokens
-    that may be emitted; `refusal` is the logit, negated, of those that must not be.
+    head with ids that are never emitted, to give a benchmark's model the cost of a real vocabulary. `logit_std` spreads
+    the logits of the tokens that may be emitted; `refusal` is the logit, negated, of those that must not be.
     """
 
     seed: int = 20

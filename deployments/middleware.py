@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -58,7 +59,7 @@ class Door:
 
     async def _serve(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
         if ticket.status != 200:
-            await _answer(send, *_error(ticket.status, ticket.reason, _REASONS[ticket.status], ticket.retry_after_s))
+            await _answer(send, *_refusal(ticket))
         elif ticket.probe:
             reply = {"replica": self._name.decode()} if scope["path"] == PROBE_PATH else {}
             await _answer(send, 200 if reply else 400, reply, [])
@@ -70,10 +71,8 @@ class Door:
         if text == _DIRECT:
             return DIRECT
         if text is not None:
-            try:
+            with contextlib.suppress(ValueError):
                 return Ticket.decode(text.decode("latin-1"))
-            except ValueError:
-                return None
         return None if self._tickets_required else Ticket(self._policy, "proxy")
 
     def _signed(self, send: Send, policy: str) -> Send:
@@ -87,10 +86,15 @@ class Door:
         return signed
 
 
+_REFUSED = "the request cannot be served"
 _REASONS = {
     429: "the server is full; try again later",
     503: "no replica can take the request now; try again later",
 }
+
+
+def _refusal(ticket: Ticket) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
+    return _error(ticket.status, ticket.reason, _REASONS.get(ticket.status, _REFUSED), ticket.retry_after_s)
 
 
 def _error(status: int, reason: str, message: str, retry_after_s: float) -> tuple[int, Any, list[tuple[bytes, bytes]]]:

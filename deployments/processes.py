@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import select
@@ -54,13 +55,12 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> list[psutil.Proc
 
 def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.Process]:
     """End what belongs to a run, again while its dying processes start others; returns what lives even so."""
-    left: list[psutil.Process] = []
     for _ in range(3):
         left = of_run(run_id, session)
         if not left:
-            break
+            return []
         end(left, grace_s)
-    return [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return of_run(run_id, session)
 
 
 def name_of(process: psutil.Process) -> str:
@@ -74,17 +74,17 @@ def name_of(process: psutil.Process) -> str:
 def die_with_parent() -> None:
     """vLLM calls this in each of its processes (entry point `vllm.general_plugins`): engine processes and workers of
     our replicas end when their parent does. Without it they live on and hold their memory after `ray stop`."""
-    if os.environ.get(ENGINE_VARIABLE) and multiprocessing.parent_process() is not None:
-        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True, name="die-with-parent").start()
+    parent = multiprocessing.parent_process()
+    if os.environ.get(ENGINE_VARIABLE) and parent is not None:
+        # Not getppid(): a parent that ended while vLLM was being imported, for most of a minute, is no longer that.
+        threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True, name="die-with-parent").start()
 
 
 def _watch_parent(parent: int) -> None:
-    try:
-        descriptor = os.pidfd_open(parent)
-    except ProcessLookupError:
-        pass
-    else:
-        select.select([descriptor], [], [])
+    with contextlib.suppress(ProcessLookupError):
+        watch = select.poll()
+        watch.register(os.pidfd_open(parent), select.POLLIN)
+        watch.poll()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_ENGINE_GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

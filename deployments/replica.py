@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +30,51 @@ _ENGINE_STOP_S = 6.0
 class Replica:
     """Ray Serve's replica: the application's arguments, the board's path, whether HAProxy is in front, the manager."""
 
-    async def __init__(
+    def __init__(
         self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: DeploymentHandle[DeviceManager]
     ) -> None:
         self._args: ServeArgs = parse_args(raw_args)
+        self._board_path = Path(board_path)
         self._haproxy = haproxy
+        self._manager = manager
         self._context = serve.get_replica_context()
-        self._slot = Slot(Path(board_path), self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
-        self._beat = asyncio.create_task(self._slot.beat())
-        os.environ[ENGINE_VARIABLE] = "1"
-        self._settings: EngineSettings = await manager.engine_settings.remote()
-        os.environ.update(self._settings.environment)
-        # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
-        self._namespace = engine.server_arguments(self._args, model_path(self._args), self._settings.engine)
-        if self._settings.together:
-            await self._start_engine(manager)
-        else:
-            self._say("waiting for its turn to start")
-            async with start_order.turn(Path(f"{board_path}.start")):
-                await self._start_engine(manager)
-
-    async def _start_engine(self, manager: DeploymentHandle[DeviceManager]) -> None:
-        began_s = time.monotonic()
-        self._say("loading weights and starting the engine")
-        self._engine = engine.start_engine(self._namespace, [stat_logger(self._slot)])
-        await engine.warm_up(self._engine)
-        if self._settings.mps:
-            for pid in engine.process_ids(self._engine):
-                await manager.prove_client.remote(pid)
-        proof = ", proven to be an MPS client" if self._settings.mps else ""
-        self._say(f"ready in {time.monotonic() - began_s:.1f} s{proof}")
+        self._slot = Slot(self._board_path, self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
 
     async def __serve_build_asgi_app__(self) -> Door:
-        app = await engine.build_openai_app(self._engine, self._namespace)
+        """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
+        self._beat = asyncio.create_task(self._slot.beat())
+        os.environ[ENGINE_VARIABLE] = "1"
+        settings: EngineSettings = await self._manager.engine_settings.remote()
+        os.environ.update(settings.environment)
+        # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
+        namespace = engine.server_arguments(self._args, model_path(self._args), settings.engine)
+        async with self._turn(settings):
+            await self._start_engine(namespace, settings)
+        app = await engine.build_openai_app(self._engine, namespace)
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
         policy = self._args.balancer.policy
         return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, settings: EngineSettings) -> AsyncIterator[None]:
+        if settings.together:
+            yield
+            return
+        self._say("waiting for its turn to start")
+        async with start_order.turn(self._board_path.with_name(self._board_path.name + ".start")):
+            yield
+
+    async def _start_engine(self, namespace: argparse.Namespace, settings: EngineSettings) -> None:
+        began_s = time.monotonic()
+        self._say("loading weights and starting the engine")
+        self._engine = engine.start_engine(namespace, [stat_logger(self._slot)])
+        await engine.warm_up(self._engine)
+        if settings.mps:
+            for pid in engine.process_ids(self._engine):
+                await self._manager.prove_client.remote(pid)
+        proof = ", proven to be an MPS client" if settings.mps else ""
+        self._say(f"ready in {time.monotonic() - began_s:.1f} s{proof}")
 
     async def check_health(self) -> None:
         """Serve replaces the replica when its engine is dead."""
@@ -75,7 +86,8 @@ class Replica:
 
     async def __del__(self) -> None:
         self._slot.set_state(ReplicaState.DRAINING)
-        self._beat.cancel()
+        if hasattr(self, "_beat"):
+            self._beat.cancel()
         if hasattr(self, "_engine"):
             self._engine.shutdown(timeout=_ENGINE_STOP_S)
         self._slot.close()

@@ -86,7 +86,7 @@ class Slot:
         self.publish()
 
     async def beat(self) -> None:
-        """Publish four times a second, so that silence means a dead or stuck replica; move if the board was replaced."""
+        """Publish four times a second, so that silence means a dead or stuck replica; follow a board made anew."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             if self._board.replaced():
@@ -106,18 +106,18 @@ class Slot:
         self._last_step_s = now_s if busy else None
 
     def _move(self) -> None:
-        fields, received = self._writer.fields, self._writer.received_by_router
+        board = Board.open(self._path)
+        writer = board.claim_slot(self._replica_id)
+        writer.fields, writer.received_by_router = self._writer.fields, self._writer.received_by_router
         self._board.close()
-        self._board = Board.open(self._path)
-        self._writer = self._board.claim_slot(self._replica_id)
-        self._writer.fields, self._writer.received_by_router = fields, received
+        self._board, self._writer = board, writer
 
 
 def stat_logger(slot: Slot) -> Any:
     """A vLLM stat logger factory whose loggers write engine steps into `slot`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class SlotLogger(StatLoggerBase):
+    class SlotLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM's are not followed
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             self._config = vllm_config
 

@@ -154,7 +154,9 @@ def stop(system: System) -> None:
 
 
 @contextmanager
-def running(folder: Path, *flags: str, change: Callable[[dict[str, Any]], None] = lambda document: None) -> Iterator[System]:
+def running(
+    folder: Path, *flags: str, change: Callable[[dict[str, Any]], None] = lambda document: None
+) -> Iterator[System]:
     port = free_port()
     system = start(write_config(folder, port, change), port, folder / "log", *flags)
     try:

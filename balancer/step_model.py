@@ -1,0 +1,136 @@
+"""What the measured steps of replicas on one GPU say about steps at any batch and any number of replicas.
+
+Five numbers, none negative, are fitted to observations:
+
+    step = own + own_sequence * batch + replicas * (shared + shared_sequence * batch + shared_prompt * prompts)
+
+`own` is what a replica does beside the others (its CPU loop), `shared` what all of them ask of the one device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+Vector = list[float]
+TERMS = 5
+_UPPER = [(i, j) for i in range(TERMS) for j in range(i, TERMS)]
+# The newest window weighs a quarter: four windows, one second, until a cell has forgotten.
+CELL_BLEND = 0.25
+# One cell counts at most as much as this many windows, so that a long stay in one place cannot drown the others.
+CELL_MASS = 8.0
+# What the SM reading says of the shared part of a step weighs as much as two windows: it decides while little else is
+# known, and gives way to measured times, because it counts a device busy where few SMs work.
+SM_MASS = 2.0
+# With several replicas at work the reading hides how much they wait for one another, so only one's counts.
+SM_TELLS_UP_TO = 1.5
+# Before anything is known, what part of a step each term is: mostly what grows with the batch, half of it shared. With
+# it, one replica asks for a second wherever the SMs are busy less than about two thirds of the time, and so finds out.
+PRIOR_SHARES = (0.1, 0.4, 0.1, 0.4, 0.0)
+# The prior weighs as much as half a window.
+PRIOR_MASS = 0.5
+# Until a fit: the cost of a sequence and of a prompt token of a small model; only their ratio matters before that.
+UNMEASURED_SEQUENCE_S = 2e-5
+UNMEASURED_PROMPT_S = 2e-6
+
+
+def features(batch: float, replicas: float, prompts: float) -> Vector:
+    """One row of the fit; `prompts` is prompt tokens for each step."""
+    return [1.0, batch, replicas, replicas * batch, replicas * prompts]
+
+
+class Cell:
+    """The blended observations of one neighbourhood (replicas busy, size of batch)."""
+
+    __slots__ = ("mass", "moments", "target")
+
+    def __init__(self) -> None:
+        self.mass = 0.0
+        self.moments: Vector = [0.0] * len(_UPPER)
+        self.target: Vector = [0.0] * TERMS
+
+    def add(self, row: Vector, value: float) -> None:
+        """Blend in that `row` times the terms was `value`."""
+        blend = max(CELL_BLEND, 1.0 / (1.0 + self.mass))
+        self.moments = [old + blend * (row[i] * row[j] - old) for old, (i, j) in zip(self.moments, _UPPER, strict=True)]
+        self.target = [old + blend * (x * value - old) for old, x in zip(self.target, row, strict=True)]
+        self.mass = min(CELL_MASS, self.mass + 1.0)
+
+
+def cell_key(replicas: float, batch: float) -> tuple[int, int]:
+    """Cells are half an octave of batch wide."""
+    return round(replicas), round(2 * math.log2(max(1.0, batch)))
+
+
+@dataclass(slots=True)
+class StepModel:
+    """Non-negative least squares of relative errors: 10 % of a short step weighs like 10 % of a long one."""
+
+    cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
+    sm: Cell = field(default_factory=Cell)
+    terms: Vector = field(default_factory=lambda: [0.0] * TERMS)
+    most_replicas_seen: int = 0
+
+    def observe(self, batch: float, replicas: float, prompts: float, step_s: float, sm_ratio: float | None) -> None:
+        """One window of one replica; `sm_ratio` None when no honest reading of the SMs is at hand."""
+        row = [x / step_s for x in features(batch, replicas, prompts)]
+        self.cells.setdefault(cell_key(replicas, batch), Cell()).add(row, 1.0)
+        if sm_ratio is not None and replicas < SM_TELLS_UP_TO:
+            self.sm.add([0.0, 0.0, *row[2:]], sm_ratio)
+        self.most_replicas_seen = max(self.most_replicas_seen, round(replicas))
+
+    def fit(self) -> None:
+        """Refit all terms to all cells: projected Gauss-Seidel, started from the last answer."""
+        weighted = [[c.mass * m for m in (*c.moments, *c.target)] for c in self.cells.values()]
+        sm_mass = SM_MASS if self.sm.mass else 0.0
+        if not weighted:
+            return
+        sums = [sum(column) for column in zip(*weighted, strict=True)]
+        sums = [total + sm_mass * m for total, m in zip(sums, (*self.sm.moments, *self.sm.target), strict=True)]
+        mass = sum(c.mass for c in self.cells.values())
+        matrix = [[0.0] * TERMS for _ in range(TERMS)]
+        for (i, j), value in zip(_UPPER, sums, strict=False):
+            matrix[i][j] = matrix[j][i] = value
+        target = sums[len(_UPPER) :]
+        for i in range(TERMS):
+            typical = math.sqrt(matrix[i][i] / mass)
+            matrix[i][i] += PRIOR_MASS * typical * typical + 1e-12
+            target[i] += PRIOR_MASS * typical * PRIOR_SHARES[i]
+        self.terms = _non_negative(matrix, target, self.terms)
+
+    def step_s(self, batch: float, replicas: float, prompts: float) -> float:
+        """The fit, corrected by what was measured in the same cell."""
+        own, own_sequence, shared, shared_sequence, shared_prompt = self.terms
+        fitted = own + own_sequence * batch + replicas * (shared + shared_sequence * batch + shared_prompt * prompts)
+        return fitted * self._correction(cell_key(replicas, batch))
+
+    def _correction(self, key: tuple[int, int]) -> float:
+        cell = self.cells.get(key)
+        if cell is None:
+            return 1.0
+        fitted = sum(term * x for term, x in zip(self.terms, cell.target, strict=True))
+        trust = cell.mass / (cell.mass + 1.0)
+        return 1.0 + trust * (1.0 / max(fitted, 0.1) - 1.0)
+
+    def measured(self, replicas: int) -> bool:
+        """Whether this number of replicas was ever seen at work."""
+        return any(k == replicas for k, _ in self.cells)
+
+    @property
+    def sequence_s(self) -> float:
+        """What one more sequence adds to a replica's own step while it alone is busy."""
+        return self.terms[1] + self.terms[3] or UNMEASURED_SEQUENCE_S
+
+    @property
+    def prompt_s(self) -> float:
+        """What one prompt token adds to a step."""
+        return self.terms[4] or UNMEASURED_PROMPT_S
+
+
+def _non_negative(matrix: list[Vector], target: Vector, start: Vector, sweeps: int = 12) -> Vector:
+    x = list(start)
+    for _ in range(sweeps):
+        for i, row in enumerate(matrix):
+            rest = sum(a * b for a, b in zip(row, x, strict=True)) - row[i] * x[i]
+            x[i] = max(0.0, (target[i] - rest) / row[i])
+    return x

@@ -1,0 +1,139 @@
+"""More work than fits, on real CPU engines: `python -m benchmarks.overload --out rows.jsonl`.
+
+Two engines of the demo model with a KV cache of a few thousand tokens; `--clients` clients in a closed loop ask for
+long answers. Each policy is started in turn with the same seed. A row holds what became of every request (answered,
+turned away with 429 or 503 and whether with Retry-After, lost), and how often the engines preempted (from the board).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from balancer.board import Board, board_path
+from benchmarks.serving import serving
+from deployments.launch import runs_folder
+
+KV_TOKENS = 4096
+KV_BYTES_PER_TOKEN = 4096  # the demo model: 4 layers of 256, keys and values, 2 bytes each
+QUEUE = {"queue_limit": 24, "queue_deadline_s": 20.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    status: int
+    retry_after: bool
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.overload", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--policies", nargs="+", default=["gpu_aware", "round_robin"])
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args(arguments)
+    for policy in options.policies:
+        row = measure(policy, options.clients, options.requests, options.seed)
+        print(json.dumps(row), flush=True)
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def measure(policy: str, clients: int, requests: int, seed: int) -> dict[str, Any]:
+    """Start the system under `policy`, overload it, and count."""
+    with serving({"import_path": "deployments.app:build", "args": arguments_for(policy)}) as url:
+        began_s = time.monotonic()
+        outcomes = asyncio.run(_clients(url, clients, requests, seed))
+        wall_s = time.monotonic() - began_s
+        preemptions, finished = _counters()
+    statuses = collections.Counter(o.status for o in outcomes)
+    refused = [o for o in outcomes if o.status in (429, 503)]
+    answered = sorted(o.seconds for o in outcomes if o.status == 200)
+    return {
+        "policy": policy,
+        "clients": clients,
+        "seed": seed,
+        "requests": len(outcomes),
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
+        "lost": statuses[0],
+        "refused_without_retry_after": sum(not o.retry_after for o in refused),
+        "preemptions": preemptions,
+        "preemptions_per_answer": round(preemptions / max(1, len(answered)), 3),
+        "requests_seen_by_replicas": finished,
+        "answers_per_s": round(len(answered) / wall_s, 2),
+        "answer_p50_s": round(answered[len(answered) // 2], 2) if answered else None,
+        "wall_s": round(wall_s, 1),
+    }
+
+
+def arguments_for(policy: str) -> dict[str, Any]:
+    """The application's `args`: an engine with room for about ten of the requests below."""
+    engine = {
+        "max_model_len": 1024,
+        "max_num_seqs": 64,
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": KV_TOKENS * KV_BYTES_PER_TOKEN,
+    }
+    balancer = {"policy": policy, **(QUEUE if policy == "gpu_aware" else {})}
+    return {"model": "demo", "replicas": 2, "engine": engine, "balancer": balancer}
+
+
+async def _clients(url: str, clients: int, requests: int, seed: int) -> list[Outcome]:
+    rng = random.Random(seed)
+    wishes = iter([_wish(rng) for _ in range(requests)])
+    outcomes: list[Outcome] = []
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
+
+        async def client() -> None:
+            for wish in wishes:
+                outcome = await _ask(session, url, wish)
+                outcomes.append(outcome)
+                if outcome.status != 200:
+                    await asyncio.sleep(1.0)  # what Retry-After asks for at least
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return outcomes
+
+
+def _wish(rng: random.Random) -> dict[str, Any]:
+    prompt = [rng.randrange(10, 1000) for _ in range(rng.randrange(20, 200))]
+    return {"model": "demo", "prompt": prompt, "max_tokens": rng.randrange(100, 500), "ignore_eos": True}
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, wish: dict[str, Any]) -> Outcome:
+    began_s = time.monotonic()
+    try:
+        async with session.post(f"{url}/v1/completions", json=wish) as answer:
+            await answer.read()
+            return Outcome(answer.status, "retry-after" in answer.headers, time.monotonic() - began_s)
+    except (aiohttp.ClientError, TimeoutError):
+        return Outcome(0, False, time.monotonic() - began_s)
+
+
+def _counters() -> tuple[int, int]:
+    """Preemptions, and requests that the replicas saw the end of, over all replicas."""
+    newest = max(runs_folder().glob("*-*"), key=lambda folder: folder.stat().st_mtime)
+    board = Board.open(board_path(newest.name))
+    replicas = board.snapshot(time.monotonic()).replicas
+    board.close()
+    return sum(r.preemptions_total for r in replicas), sum(r.finished_total for r in replicas)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

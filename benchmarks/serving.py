@@ -1,0 +1,58 @@
+"""Start the system as a user does, for a benchmark, and stop it again."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+START_LIMIT_S = 600
+
+
+@contextlib.contextmanager
+def serving(application: Mapping[str, Any], flags: Sequence[str] = ()) -> Iterator[str]:
+    """`splitwiser serve` with one application on a free port; yields its URL once ready.
+
+    Raises RuntimeError with the end of its log when it does not start.
+    """
+    port = free_port()
+    document = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [{"name": "default", "route_prefix": "/", **application}],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config, log = Path(folder) / "serve_config.yaml", Path(folder) / "log"
+        config.write_text(yaml.safe_dump(document))
+        command = [sys.executable, "-m", "deployments.cli", "serve", str(config), *flags]
+        with log.open("w") as output:
+            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            _wait_ready(child, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            child.send_signal(signal.SIGINT)
+            child.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_ready(child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline_s = time.monotonic() + START_LIMIT_S
+    while "splitwiser: ready" not in log.read_text():
+        if child.poll() is not None or time.monotonic() > deadline_s:
+            raise RuntimeError(f"the system did not start: ...{log.read_text()[-2000:]}")
+        time.sleep(0.2)
