@@ -138,7 +138,9 @@ class Board:
         self._map.close()
 
     def leave(self) -> None:
-        """Close the board, and remove its file if nobody alive writes on it any more."""
+        """Close the board, and remove its file if nobody alive writes on it any more. Leaving twice does nothing."""
+        if self._map.closed:
+            return
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file, _locked(file.fileno()):
             if not self.replaced() and not any(self._owner_at(at).alive() for at in _every_record()):
                 self.path.unlink()

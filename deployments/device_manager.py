@@ -53,8 +53,8 @@ class DeviceManager:
         self._stop.set()
         self._thread.join(_STOP_WITHIN_S)
         self._reader.close()
-        for writer in self._writers.values():
-            writer.release()
+        while self._writers:
+            self._writers.popitem()[1].release()
         self._board.leave()
         if self._house:
             self._house.close()

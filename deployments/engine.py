@@ -39,6 +39,7 @@ def argument_names() -> set[str]:
         if isinstance(node, ast.ClassDef) and node.name in classes
         for statement in node.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if not statement.target.id.startswith("_")
     }
 
 

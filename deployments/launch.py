@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -139,10 +140,10 @@ def clean_up_dead_runs() -> None:
 def _session(folder: Path) -> Owner | None:
     """The leader of the session that the run's processes are in, as the supervisor noted it."""
     try:
-        pid, ticks = (folder / _SESSION_FILE).read_text().split()
+        pid, ticks = map(int, (folder / _SESSION_FILE).read_text().split())
     except (OSError, ValueError):
         return None  # the supervisor was killed before it started anything
-    return Owner(int(pid), int(ticks))
+    return Owner(pid, ticks)
 
 
 def require_free_ports(run: Run) -> None:
@@ -159,6 +160,8 @@ def require_free_port(host: str, port: int, key: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); set another {key}") from None
             raise ConfigError(
                 f"port {port} is taken by {_holder(port)} ({error.strerror}); end it, or set another {key}"
             ) from None

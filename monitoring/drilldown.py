@@ -151,7 +151,7 @@ def _latency() -> list[Builder[Panel]]:
 def _life() -> list[Builder[Panel]]:
     return [
         timeline(
-            Words("State", "What the slot was in."),
+            Words("States", "What the slot was in over time."),
             list(zip(STATES, STATE_COLOURS, strict=True)),
             Query(state_number(_SLOT), "replica {{slot}}"),
         ),

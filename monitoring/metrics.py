@@ -135,7 +135,6 @@ FOREIGN: frozenset[str] = frozenset(
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:inter_token_latency_seconds_bucket",
         "vllm:e2e_request_latency_seconds_bucket",
-        "vllm:request_queue_time_seconds_bucket",
         "vllm:request_queue_time_seconds_sum",
         "vllm:request_queue_time_seconds_count",
         "vllm:request_prefill_time_seconds_sum",
@@ -151,14 +150,12 @@ FOREIGN: frozenset[str] = frozenset(
         "ray_serve_num_http_requests_total",
         "ray_serve_http_request_latency_ms_bucket",
         "ray_serve_health_check_failures_total",
-        "ray_serve_haproxy_ingress_router_requests_total",
         "ray_serve_haproxy_ingress_router_failures_total",
         "haproxy_server_current_sessions",
         "haproxy_server_http_responses_total",
         "haproxy_server_check_failures_total",
         "haproxy_server_connection_errors_total",
         "haproxy_backend_current_queue",
-        "haproxy_backend_max_queue",
         "haproxy_server_status",
     }
 )

@@ -68,7 +68,7 @@ def gpu_and_mps() -> list[Builder[Panel]]:
             span=5,
         ),
         graph(
-            Words("Temperature", "Of each GPU's core."),
+            Words("Temperature", "Temperature of each GPU's core."),
             "celsius",
             Query(f"max by (gpu) (splitwiser_gpu_temperature_celsius{own})", "GPU {{gpu}}"),
             span=5,

@@ -161,7 +161,7 @@ def balance() -> list[Builder[Panel]]:
             *quantiles("splitwiser_router_decision_seconds"),
         ),
         graph(
-            Words("Waiting in the router", "Requests in the routers' queue now."),
+            Words("Queue in the router", "Requests in the routers' queue over time."),
             "short",
             Query(f"sum(splitwiser_router_queue_requests{{{OURS}}})", "waiting"),
         ),

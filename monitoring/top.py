@@ -220,7 +220,8 @@ def _replica_table(now: Frame, before: Frame) -> Table:
 
 
 def _replica_cells(replica: ReplicaReading, now: Frame, before: Frame) -> tuple[RenderableType, ...]:
-    mark = "" if replica.slot in now.totals.active or not now.totals.active else " (idle)"
+    spared = replica.state is ReplicaState.READY and now.totals.active and replica.slot not in now.totals.active
+    mark = " (spared)" if spared else ""
     return (
         str(replica.slot),
         replica_tag(replica.replica_id),

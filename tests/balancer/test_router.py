@@ -70,7 +70,7 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 def chosen(router: BoardRouter, candidates: list[Candidate]) -> list[str]:
-    ranks: list[list[Any]] = asyncio.run(router.choose_replicas(candidates))  # type: ignore[arg-type]
+    ranks: list[list[Any]] = asyncio.run(router.choose_replicas(candidates))
     return [candidate.replica_id.unique_id for rank in ranks for candidate in rank]
 
 

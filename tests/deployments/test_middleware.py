@@ -68,7 +68,7 @@ def ask(door: Door, method: str = "POST", path: str = "/v1/completions", **heade
     named = {HEADER if name == "ticket" else name: value for name, value in headers.items()}
 
     async def exchange() -> httpx.Response:
-        transport = httpx.ASGITransport(app=door)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=door)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
             return await client.request(method, path, content=b"hello", headers=named)
 
@@ -238,7 +238,7 @@ def test_many_at_once_are_counted_exactly(place: Place) -> None:
             await gate.wait()
             await place.app(scope, receive, send)
 
-        transport = httpx.ASGITransport(app=place.door(app))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=place.door(app))
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
             headers = {HEADER: ASSIGNED.encode()}
             tasks = [asyncio.create_task(client.post("/v1/completions", headers=headers)) for _ in range(50)]

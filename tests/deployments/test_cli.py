@@ -1,0 +1,91 @@
+"""The command line: `splitwiser validate` says what is wrong in one sentence and starts nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from balancer.board import BoardError
+from deployments import cli, launch
+from deployments.cli import main
+from deployments.config import ConfigError
+
+FINE = """
+applications:
+  - import_path: deployments.app:build
+    args: {replicas: 3, model: demo, served_model_name: mine, balancer: {policy: least_queue}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(FINE)
+    return path
+
+
+def test_a_good_file_is_called_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What would be served is said in a line, with status 0, and no process is started."""
+    assert main(["validate", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file} is fine: 3 replicas of mine, policy least_queue\n"
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize("command", ["validate", "serve"])
+def test_a_mistake_is_one_line_and_status_2(file: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """A mistake in the file goes to standard error as one sentence, without a traceback, from either command."""
+    file.write_text(FINE.replace("replicas: 3", "replicas: 0"))
+    assert main([command, str(file)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "splitwiser: `replicas` is 0, but it should be greater than or equal to 1\n"
+    assert captured.out == ""
+
+
+def test_the_file_may_be_left_out(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a name, serve_config.yaml of the current folder is meant."""
+    monkeypatch.chdir(file.parent)
+    assert main(["validate"]) == 0
+    file.unlink()
+    assert main(["validate"]) == 2
+    assert "cannot read serve_config.yaml" in capsys.readouterr().err
+
+
+def test_serve_passes_its_options_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` gives the file and the way of serving to the launcher and returns its status."""
+    calls: list[tuple[Path, bool]] = []
+
+    def serve(path: Path, plain: bool) -> int:
+        calls.append((path, plain))
+        return 5
+
+    monkeypatch.setattr(launch, "serve", serve)
+    assert main(["serve", str(file), "--plain"]) == 5
+    assert main(["serve", str(file)]) == 5
+    assert calls == [(file, True), (file, False)]
+
+
+@pytest.mark.parametrize("error", [ConfigError("this is wrong"), BoardError("no room")])
+def test_what_a_person_can_mend_has_no_traceback(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """Errors of the configuration and of the board are printed, others are not hidden."""
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "load", fail)
+    assert main(["validate", str(file)]) == 2
+    assert capsys.readouterr().err == f"splitwiser: {error}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["start"], ["serve", "a", "b"], ["validate", "--plain"]])
+def test_unknown_words_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """No command, an unknown one, or too many files: usage on standard error and status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: splitwiser" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""The device manager on a machine without a GPU: the host's readings reach the board, and its end is noticed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from balancer.board import Board
+from balancer.readings import GpuReading, GpuSource
+from deployments import device_manager
+from deployments.device_manager import DeviceManager
+from deployments.gpu_setup import EngineSettings
+from monitoring.sampler import open_reader
+
+SECONDS = 30.0
+ARGS = {"monitoring": {"sample_hz": 100, "memory_reserve_gib": 2}}
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A board's place, and no GPU visible; afterwards no file and no sampler is left."""
+
+    def reader_of_host(reserve_bytes: int, log: object) -> object:
+        return open_reader(reserve_bytes, log, environ={"CUDA_VISIBLE_DEVICES": ""})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(device_manager, "open_reader", reader_of_host)
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    yield folder / "board"
+    assert not list(folder.iterdir())
+    assert "sampler" not in {thread.name for thread in threading.enumerate()}
+
+
+def wait_for(look: Callable[[], GpuReading | None]) -> GpuReading:
+    deadline = time.monotonic() + SECONDS
+    while (found := look()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
+
+
+def latest(board: Board) -> GpuReading | None:
+    gpus = board.snapshot(0.0).gpus
+    return gpus[0] if gpus else None
+
+
+def test_the_host_is_read_where_there_is_no_gpu(path: Path) -> None:
+    """CPU and memory stand in the GPU's record, again and again, and are named for what they are."""
+    manager, board = DeviceManager(ARGS, "cpu", str(path)), Board.open(path)
+    first = wait_for(lambda: latest(board))
+    assert first.source is GpuSource.HOST
+    assert 0 < first.memory_used_bytes < first.memory_total_bytes
+    assert first.memory_reserve_bytes == 2 << 30
+
+    def later() -> GpuReading | None:
+        found = latest(board)
+        return found if found and found.taken_at_s > first.taken_at_s else None
+
+    assert wait_for(later).index == first.index
+    manager.check_health()
+    manager.__del__()
+    board.leave()
+
+
+def test_without_a_gpu_a_replica_adds_nothing(path: Path) -> None:
+    """There is no plan and no MPS: the engine keeps the user's arguments, and no client need be proven."""
+    manager = DeviceManager({}, "cpu", str(path))
+    assert manager.engine_settings() == EngineSettings()
+    manager.prove_client(1)
+    manager.__del__()
+
+
+def test_its_record_goes_with_it(path: Path) -> None:
+    """When the manager ends, its readings leave the board while others stay on it, and ending twice is no error."""
+    manager, board = DeviceManager(ARGS, "cpu", str(path)), Board.open(path)
+    wait_for(lambda: latest(board))
+    slot = board.claim_slot("a")
+    slot.publish(0.0)
+    manager.__del__()
+    manager.__del__()
+    snapshot = board.snapshot(0.0)
+    assert (snapshot.gpus, len(snapshot.replicas)) == ((), 1)
+    slot.release()
+    board.leave()
+
+
+def test_a_board_made_anew_gets_the_readings(path: Path) -> None:
+    """The sampler follows when the board's file was removed and made again."""
+    manager = DeviceManager(ARGS, "cpu", str(path))
+    path.unlink()
+    board = Board.open(path)
+    assert wait_for(lambda: latest(board)).source is GpuSource.HOST
+    manager.__del__()  # as Serve does; the sampler's thread would keep it alive
+    board.leave()
+
+
+def test_a_sampler_that_ended_is_unhealthy(path: Path) -> None:
+    """Serve is told when nobody samples any more, so that it starts the manager again."""
+    manager = DeviceManager(ARGS, "cpu", str(path))
+    manager.check_health()
+    manager._stop.set()
+    manager._thread.join(SECONDS)
+    with pytest.raises(RuntimeError, match="sampler has stopped"):
+        manager.check_health()
+    manager.__del__()

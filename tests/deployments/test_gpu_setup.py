@@ -1,0 +1,203 @@
+"""What is settled before an engine starts on a GPU: the plan on a given card, and whether and how MPS runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments import gpu_setup, mps
+from deployments.config import ConfigError, parse_args
+from deployments.gpu_setup import GpuHouse, check, model_path, plan, uses_mps
+from deployments.memory import GIB, KNOWN_CARDS, Card, MemoryPlanError
+
+H200 = KNOWN_CARDS["H200"]
+STAND_IN = Path(__file__).with_name("mps_stand_in.py")
+OPT = {
+    "model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "vocab_size": 50272, "max_position_embeddings": 2048, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+class House:
+    """A model's folder, a card, and a stand-in for the MPS control daemon that can be taken away."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = folder / "model"
+        self.model.mkdir()
+        self.configure(OPT)
+        self.state = folder / "state.json"
+        self.binary = folder / "bin" / "nvidia-cuda-mps-control"
+        self.binary.parent.mkdir()
+        words = [sys.executable, "-S", "-E", str(STAND_IN), str(self.state), str(self.binary)]
+        self.binary.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        self.binary.chmod(0o700)
+        self.state.write_text("{}")
+        self.paths = mps.private_paths(os.getuid(), folder)
+        monkeypatch.setenv("PATH", f"{self.binary.parent}:{os.environ['PATH']}")
+        monkeypatch.setattr(gpu_setup, "mps_paths", lambda name: self.paths)
+        self.show(monkeypatch, H200)
+
+    def show(self, monkeypatch: pytest.MonkeyPatch, card: Card) -> None:
+        monkeypatch.setattr(gpu_setup, "this_card", lambda: card)
+
+    def configure(self, config: dict[str, Any]) -> None:
+        (self.model / "config.json").write_text(json.dumps(config))
+
+    def args(self, **changes: Any) -> Any:
+        return parse_args({"model": str(self.model), "replicas": 4, **changes})
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    """Afterwards no daemon runs and its folders are gone."""
+    house = House(tmp_path, monkeypatch)
+    yield house
+    assert mps.running_daemon(house.paths.pipe) is None
+    assert not house.paths.pipe.exists()
+    house.state.unlink()
+
+
+def test_the_plan_takes_the_users_engine_arguments(house: House) -> None:
+    """Replicas, lengths, sequences, block size and the reserve of the plan are those of the configuration."""
+    engine = {"max_model_len": "1k", "max_num_seqs": 32, "max_num_batched_tokens": 4096, "block_size": 32}
+    made = plan(house.args(engine=engine, monitoring={"memory_reserve_gib": 3}), H200)
+    demand = made.demand
+    assert (demand.replicas, demand.max_model_len_tokens, demand.max_num_seqs) == (4, 1000, 32)
+    assert (demand.max_num_batched_tokens, demand.kv_block_tokens) == (4096, 32)
+    assert (made.reserve_bytes, demand.mps) == (3 * GIB, True)
+    assert made.needed_bytes + made.reserve_bytes <= H200.total_bytes
+
+
+@pytest.mark.parametrize("length", [None, -1, "auto"])
+def test_the_models_longest_sequence_stands_for_vllms_choice(house: House, length: Any) -> None:
+    """Without a length, or with vLLM's automatic one, the plan holds the model's longest sequence."""
+    assert plan(house.args(engine={"max_model_len": length}), H200).demand.max_model_len_tokens == 2048
+
+
+def test_a_model_without_a_longest_sequence_asks_for_one(house: House) -> None:
+    """Where the model does not say, the user has to."""
+    house.configure({key: value for key, value in OPT.items() if key != "max_position_embeddings"})
+    (house.model / "model.safetensors").write_bytes(b"x" * 1000)
+    with pytest.raises(MemoryPlanError, match=r"set `engine\.max_model_len`"):
+        plan(house.args(), H200)
+    assert plan(house.args(engine={"max_model_len": 512}), H200).demand.max_model_len_tokens == 512
+
+
+def test_arguments_set_to_nothing_take_the_defaults(house: House) -> None:
+    """`max_num_seqs:` without a value plans as if it were not there."""
+    nothing = dict.fromkeys(("max_num_seqs", "max_num_batched_tokens", "block_size", "dtype", "kv_cache_dtype"))
+    assert plan(house.args(engine=nothing), H200) == plan(house.args(), H200)
+
+
+def test_weights_are_measured_where_they_lie(house: House) -> None:
+    """The checkpoint's files count as they are; only without them is the size worked out from the shape."""
+    assert plan(house.args(), H200).shape.weights_estimated
+    (house.model / "a.safetensors").write_bytes(b"x" * 3000)
+    (house.model / "b.safetensors").write_bytes(b"x" * 2000)
+    shape = plan(house.args(), H200).shape
+    assert (shape.weights_bytes, shape.weights_estimated) == (5000, False)
+
+
+def test_a_pinned_kv_cache_is_kept(house: House) -> None:
+    """What the user pins for each replica is what the plan gives, in whole blocks."""
+    made = plan(house.args(engine={"kv_cache_memory_bytes": "4G"}), H200)
+    assert 4 * GIB - made.kv_cache_bytes < 1 << 20
+    assert made.kv_cache_bytes <= 4 * GIB
+
+
+def test_a_check_shows_the_plan(house: House) -> None:
+    """What fits is shown as a table before anything starts, and nothing was started."""
+    table = check(house.args(), "1-1")
+    assert table.startswith("H200: 139.70 GiB, 4 replica(s)")
+    assert "KV cache" in table
+    assert not house.paths.pipe.exists()
+
+
+def test_what_does_not_fit_is_refused(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many replicas for the card: one sentence that names how many would fit."""
+    house.show(monkeypatch, Card("small", 8 * GIB))
+    with pytest.raises(ConfigError, match=r"4 replica\(s\) of .* do not fit into .*: at most 2 would"):
+        check(house.args(), "1-1")
+
+
+def test_memory_that_others_hold_is_not_planned(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in use on the card before is left to those who use it."""
+    house.show(monkeypatch, Card("busy", H200.total_bytes, H200.total_bytes - GIB))
+    with pytest.raises(ConfigError, match="busy has for them"):
+        check(house.args(), "1-1")
+
+
+@pytest.mark.parametrize(
+    ("wish", "replicas", "installed", "uses"),
+    [
+        ("auto", 4, True, True), ("auto", 1, True, False), ("auto", 4, False, False),
+        ("on", 1, True, True), ("off", 4, True, False), ("off", 4, False, False),
+    ],
+)  # fmt: skip
+def test_mps_is_used_where_it_helps_and_exists(
+    house: House, wish: str, replicas: int, installed: bool, uses: bool
+) -> None:
+    """Several replicas share the GPU through MPS where the driver has it, unless the user says otherwise."""
+    if not installed:
+        house.binary.unlink()
+    assert uses_mps(house.args(mps=wish, replicas=replicas)) is uses
+
+
+def test_mps_that_is_asked_for_and_absent_is_refused(house: House) -> None:
+    """`mps: on` without the driver's program is an error with a mend, not a silent fallback."""
+    house.binary.unlink()
+    with pytest.raises(ConfigError, match="mps is 'on' but this machine cannot run MPS: set it to 'auto' or 'off'"):
+        check(house.args(mps="on"), "1-1")
+
+
+def test_a_folder_that_cannot_be_ours_is_refused(house: House) -> None:
+    """Something in the way of the daemon's folder is found before the daemon is started."""
+    house.paths.pipe.parent.parent.write_text("in the way")
+    with pytest.raises(ConfigError, match="is not a folder: remove it"):
+        check(house.args(), "1-1")
+    house.paths.pipe.parent.parent.unlink()
+
+
+def test_engines_get_what_was_planned_and_the_way_to_the_daemon(house: House) -> None:
+    """Every engine is pinned to the plan's numbers and told where the daemon is; the daemon lives until the close."""
+    manager = GpuHouse(house.args(engine={"max_model_len": 1024}), "1-1")
+    try:
+        settings, made = manager.settings(), plan(house.args(engine={"max_model_len": 1024}), H200)
+        assert settings.engine["kv_cache_memory_bytes"] == made.kv_cache_bytes
+        assert settings.engine["max_model_len"] == 1024
+        assert 0 < settings.engine["gpu_memory_utilization"] < 0.2
+        assert settings.mps
+        assert settings.environment[mps.PIPE_VARIABLE] == str(house.paths.pipe)
+        manager.check()
+    finally:
+        manager.close()
+    with pytest.raises(mps.MpsError, match="the MPS control daemon has died"):
+        manager.check()
+
+
+def test_without_mps_engines_are_kept_out_of_it(house: House) -> None:
+    """A daemon that somebody else runs at the default place is not joined by accident, and there is none to watch."""
+    manager = GpuHouse(house.args(mps="off"), "1-1")
+    settings = manager.settings()
+    assert not settings.mps
+    assert settings.environment == dict(mps.ENVIRONMENT_OUTSIDE_MPS)
+    manager.prove_client(1)
+    manager.check()
+    manager.close()
+
+
+def test_a_model_is_a_folder_or_a_name_unless_it_is_the_demo(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Paths and hub names go to vLLM as they are; `demo` is made on the spot."""
+    monkeypatch.setattr(gpu_setup, "ensure_demo_model", lambda: tmp_path / "made")
+    assert model_path(house.args()) == str(house.model)
+    assert model_path(parse_args({"model": "org/name"})) == "org/name"
+    assert model_path(parse_args({"model": "demo"})) == str(tmp_path / "made")
