@@ -75,8 +75,17 @@ class RouteService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _, future in list(self._waiting.values()):
+            if not future.done():
+                future.set_result((503, b'{"detail":"the router is stopping"}'))
         self._row.release()
         self._board.leave()
+
+    def check(self) -> None:
+        """Raises what ended a background task: without it what waits would wait for ever."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
     def reconfigure(self, knobs: Knobs) -> None:
         """Take another policy or other knobs, effective with the next decision; what waits goes on waiting."""
@@ -142,7 +151,9 @@ class RouteService:
         if decision.verdict is Verdict.ASSIGN:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s)
-            return _name(replica, Ticket(policy, decision.reason, self._row.index, cost.tokens))
+            output = cost.output_tokens * cost.sequences
+            ticket = Ticket(policy, decision.reason, self._row.index, cost.tokens, output_tokens=output)
+            return _name(replica, ticket)
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
         if not snapshot.replicas:
             return 503, json.dumps({"detail": decision.reason}).encode()

@@ -37,7 +37,9 @@ class BoardRouter(RequestRouter):  # type: ignore[misc]  # Ray's annotations are
         if decision.verdict is not Verdict.ASSIGN or decision.slot == NO_SLOT:
             return []
         chosen = next(r for r in snapshot.replicas if r.slot == decision.slot)
-        self._on_the_way.assigned(chosen, 0, snapshot.now_s)
+        # Replicas count POSTs only, so nothing else may be noted as being on its way to them.
+        if pending_request is None or pending_request.metadata._http_method == "POST":
+            self._on_the_way.assigned(chosen, 0, snapshot.now_s)
         return [[by_id[chosen.replica_id]]]
 
     def _snapshot(self, known: dict[str, RunningReplica]) -> Snapshot:

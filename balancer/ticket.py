@@ -17,7 +17,10 @@ _NOT_A_WORD = re.compile(r"[^\w.:-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Policy that decided, its reason, the router's row on the board, predicted tokens; status 200 means serve it."""
+    """Policy that decided, its reason, the router's row on the board, predicted tokens; status 200 means serve it.
+
+    `tokens` are prompt and output together, `output_tokens` (all sequences) the part still to be made.
+    """
 
     policy: str
     reason: str
@@ -26,17 +29,21 @@ class Ticket:
     status: int = 200
     retry_after_s: float = 0.0
     probe: bool = False
+    output_tokens: int = 0
 
     def encode(self) -> str:
         """No quotes, no braces: HAProxy's Lua reads the router's answer with a pattern, not a JSON parser."""
-        numbers = f"{self.row} {self.tokens} {self.status} {self.retry_after_s:.3f} {int(self.probe)}"
+        numbers = (
+            f"{self.row} {self.tokens} {self.status} {self.retry_after_s:.3f} {int(self.probe)} {self.output_tokens}"
+        )
         return f"{_word(self.policy)} {_word(self.reason)} {numbers}"
 
     @staticmethod
     def decode(text: str) -> Ticket:
         """Raises ValueError when it is no ticket, or none that a router writes: clients can forge it."""
-        policy, reason, row, tokens, status, retry_after_s, probe = text.split(" ")
-        ticket = Ticket(policy, reason, int(row), int(tokens), int(status), float(retry_after_s), probe == "1")
+        policy, reason, row, tokens, status, retry_after_s, probe, output = text.split(" ")
+        numbers = int(row), int(tokens), int(status), float(retry_after_s)
+        ticket = Ticket(policy, reason, *numbers, probe == "1", int(output))
         if not ticket._possible():
             raise ValueError(f"{text!r} is not a router's ticket")
         return ticket
@@ -44,7 +51,7 @@ class Ticket:
     def _possible(self) -> bool:
         return (
             NO_ROW <= self.row < ROUTER_ROWS
-            and 0 <= self.tokens <= _MOST_TOKENS
+            and 0 <= self.output_tokens <= self.tokens <= _MOST_TOKENS
             and (self.status == 200 or 400 <= self.status < 600)
             and math.isfinite(self.retry_after_s)
         )

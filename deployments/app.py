@@ -101,7 +101,7 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
 
 def _manager(args: dict[str, Any], on: str, board: str) -> serve.Application:
     deployment = serve.deployment(DeviceManager, name="DeviceManager", ray_actor_options={"num_cpus": 0}, **_STOPPING)
-    return deployment.bind(args, on, board)
+    return deployment.bind(args, on, board, _run_name())
 
 
 def _router(config: ServeArgs, board: str) -> serve.Application:
@@ -125,6 +125,10 @@ class Router:
     async def __serve_build_asgi_app__(self) -> RouteService:
         await self._service.start()
         return self._service
+
+    def check_health(self) -> None:
+        """Serve replaces the router when this raises."""
+        self._service.check()
 
     async def __del__(self) -> None:
         await self._service.close()

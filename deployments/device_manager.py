@@ -22,9 +22,9 @@ _STOP_WITHIN_S = 2.0
 class DeviceManager:
     """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
 
-    def __init__(self, raw_args: dict[str, Any], device: str, board_path: str) -> None:
+    def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
         args = parse_args(raw_args)
-        self._house = GpuHouse(args, Path(board_path).name) if device == "gpu" else None
+        self._house = GpuHouse(args, run) if device == "gpu" else None
         self._board = Board.open(Path(board_path))
         self._writers: dict[int, GpuWriter] = {}
         self._reader = open_reader(int(args.monitoring.memory_reserve_gib * 2**30), logger)

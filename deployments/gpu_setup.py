@@ -95,6 +95,11 @@ def mps_paths(name: str) -> mps.MpsPaths:
     return mps.find_paths(os.environ, mps.private_paths(os.getuid(), name=name), uid=os.getuid())
 
 
+def mps_folder(name: str) -> Path:
+    """The private MPS folders of the run `name` lie in here."""
+    return mps.private_paths(os.getuid(), name=name).pipe.parent
+
+
 def check(args: ServeArgs, name: str) -> str:
     """Refuse what cannot work before anything starts, and return the plan as a table. Raises ConfigError."""
     try:

@@ -134,7 +134,7 @@ def clean_up_dead_runs() -> None:
         if stubborn := processes.end_run(folder.name, session, _INSIST_AFTER_S):
             raise ConfigError(f"{processes.name_of(stubborn[0])} of an earlier run does not end; end it by hand first")
         shutil.rmtree(folder, ignore_errors=True)
-        _remove_board(board_path(folder.name))
+        _remove_shared(folder.name)
 
 
 def _session(folder: Path) -> Owner | None:
@@ -258,12 +258,15 @@ def _announce(run: Run, args: ServeArgs) -> None:
 def _end_run(run: Run) -> None:
     if stubborn := processes.end_run(run.run_id, _session(run.folder), _INSIST_AFTER_S):
         _say(f"these did not end: {', '.join(map(processes.name_of, stubborn))}")
-    _remove_board(run.board)
+    _remove_shared(run.run_id)
 
 
-def _remove_board(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.with_name(path.name + ".start").unlink(missing_ok=True)
+def _remove_shared(run_id: str) -> None:
+    """The board, its companions and the MPS folders of a run that has ended."""
+    board = board_path(run_id)
+    for path in board.parent.glob(board.name + "*"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(gpu_setup.mps_folder(run_id), ignore_errors=True)
 
 
 @contextmanager

@@ -51,11 +51,11 @@ class Door:
             await _answer(send, *_error(503, "starting", "the router is not connected yet; try again", 1.0))
             return
         signed = self._signed(send, ticket.policy)
-        self._slot.received(ticket)
+        number = self._slot.received(ticket)
         try:
             await self._serve(ticket, scope, receive, signed)
         finally:
-            self._slot.finished(ticket)
+            self._slot.finished(number)
 
     async def _serve(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
         if ticket.status != 200:

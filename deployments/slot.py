@@ -1,17 +1,20 @@
-"""A replica's slot on the board, kept true: at every request, at every engine step, and four times a second anyway."""
+"""A replica's slot on the board, kept true: at every request, at every engine step, and ten times a second anyway."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from balancer.board import Board, SlotFields, SlotWriter
+from balancer.kv_peak import expected_remaining, peak_tokens
 from balancer.readings import ReplicaState
 from balancer.ticket import Ticket
 
-HEARTBEAT_S = 0.25
+# Also how old the expected peak of the KV cache may be; a beat costs about 0.1 ms with a full batch.
+HEARTBEAT_S = 0.1
 # One step in eight moves the published step time: steady enough to compare replicas, quick enough to see a change.
 _STEP_SMOOTHING = 0.125
 
@@ -26,6 +29,9 @@ class Slot:
         self._board = Board.open(path)
         self._writer: SlotWriter = self._board.claim_slot(replica_id)
         self._last_step_s: float | None = None
+        self._steps = 0
+        self._requests: dict[int, tuple[Ticket, int]] = {}
+        self._numbers = itertools.count()
         self.fields.gpu = gpu
         self.publish()
 
@@ -44,17 +50,22 @@ class Slot:
         self.fields.state = state
         self.publish()
 
-    def received(self, ticket: Ticket) -> None:
-        """A request has come in."""
+    def received(self, ticket: Ticket) -> int:
+        """A request has come in; the number it goes by until it is finished."""
         self.fields.received_total += 1
         self.fields.in_flight_requests += 1
         self.fields.in_flight_tokens += ticket.tokens
+        self.fields.kv_tokens_peak += ticket.tokens
+        number = next(self._numbers)
+        self._requests[number] = ticket, self._steps
         if ticket.row >= 0:
             self._writer.received_by_router[ticket.row] += 1
         self.publish()
+        return number
 
-    def finished(self, ticket: Ticket) -> None:
+    def finished(self, number: int) -> None:
         """A request has been answered, refused or abandoned: every `received` is followed by exactly one of these."""
+        ticket, _ = self._requests.pop(number)
         self.fields.finished_total += 1
         self.fields.in_flight_requests -= 1
         self.fields.in_flight_tokens -= ticket.tokens
@@ -83,15 +94,23 @@ class Slot:
         fields.output_tokens_total += output
         fields.preemptions_total += preempted
         self._measure_step(busy=running > 0)
+        self._steps += 1
         self.publish()
 
     async def beat(self) -> None:
-        """Publish four times a second, so that silence means a dead or stuck replica; follow a board made anew."""
+        """Publish ten times a second, so that silence means a dead or stuck replica; follow a board made anew."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             if self._board.replaced():
                 self._move()
+            self.fields.kv_tokens_peak = peak_tokens(map(self._growth, self._requests.values()))
             self.publish()
+
+    def _growth(self, request: tuple[Ticket, int]) -> tuple[int, int]:
+        """Tokens a request will still make, and holds now: a sequence makes one at each engine step since it came."""
+        ticket, came = request
+        made = self._steps - came
+        return expected_remaining(ticket.output_tokens, made), ticket.tokens - ticket.output_tokens + made
 
     def close(self) -> None:
         self._writer.release()

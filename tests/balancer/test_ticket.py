@@ -41,9 +41,10 @@ def test_a_policys_words_never_break_the_header(policy: str, reason: str) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        "", "direct", "a b 0 1 200 0.0", "a b 0 1 200 0.0 0 0", "a b x 1 200 0.0 0", "a b 0 1.5 200 0.0 0",
-        f"a b {ROUTER_ROWS} 1 200 0.0 0", "a b -2 1 200 0.0 0", "a b 0 -1 200 0.0 0", f"a b 0 {1 << 64} 200 0.0 0",
-        "a b 0 1 99 0.0 0", "a b 0 1 302 0.0 0", "a b 0 1 200 nan 0", "a b 0 1 200 inf 0",
+        "", "direct", "a b 0 1 200 0.0 0", "a b 0 1 200 0.0 0 0 0", "a b x 1 200 0.0 0 0", "a b 0 1.5 200 0.0 0 0",
+        f"a b {ROUTER_ROWS} 1 200 0.0 0 0", "a b -2 1 200 0.0 0 0", "a b 0 -1 200 0.0 0 0",
+        f"a b 0 {1 << 64} 200 0.0 0 0", "a b 0 1 99 0.0 0 0", "a b 0 1 302 0.0 0 0", "a b 0 1 200 nan 0 0",
+        "a b 0 1 200 inf 0 0", "a b 0 1 200 0.0 0 2", "a b 0 1 200 0.0 0 -1",
     ],
 )  # fmt: skip
 def test_what_no_router_writes_is_no_ticket(text: str) -> None:

@@ -50,7 +50,7 @@ def latest(board: Board) -> GpuReading | None:
 
 def test_the_host_is_read_where_there_is_no_gpu(path: Path) -> None:
     """CPU and memory stand in the GPU's record, again and again, and are named for what they are."""
-    manager, board = DeviceManager(ARGS, "cpu", str(path)), Board.open(path)
+    manager, board = DeviceManager(ARGS, "cpu", str(path), "test"), Board.open(path)
     first = wait_for(lambda: latest(board))
     assert first.source is GpuSource.HOST
     assert 0 < first.memory_used_bytes < first.memory_total_bytes
@@ -68,7 +68,7 @@ def test_the_host_is_read_where_there_is_no_gpu(path: Path) -> None:
 
 def test_without_a_gpu_a_replica_adds_nothing(path: Path) -> None:
     """There is no plan and no MPS: the engine keeps the user's arguments, and no client need be proven."""
-    manager = DeviceManager({}, "cpu", str(path))
+    manager = DeviceManager({}, "cpu", str(path), "test")
     assert manager.engine_settings() == EngineSettings()
     manager.prove_client(1)
     manager.__del__()
@@ -76,7 +76,7 @@ def test_without_a_gpu_a_replica_adds_nothing(path: Path) -> None:
 
 def test_its_record_goes_with_it(path: Path) -> None:
     """When the manager ends, its readings leave the board while others stay on it, and ending twice is no error."""
-    manager, board = DeviceManager(ARGS, "cpu", str(path)), Board.open(path)
+    manager, board = DeviceManager(ARGS, "cpu", str(path), "test"), Board.open(path)
     wait_for(lambda: latest(board))
     slot = board.claim_slot("a")
     slot.publish(0.0)
@@ -90,7 +90,7 @@ def test_its_record_goes_with_it(path: Path) -> None:
 
 def test_a_board_made_anew_gets_the_readings(path: Path) -> None:
     """The sampler follows when the board's file was removed and made again."""
-    manager = DeviceManager(ARGS, "cpu", str(path))
+    manager = DeviceManager(ARGS, "cpu", str(path), "test")
     path.unlink()
     board = Board.open(path)
     assert wait_for(lambda: latest(board)).source is GpuSource.HOST
@@ -100,7 +100,7 @@ def test_a_board_made_anew_gets_the_readings(path: Path) -> None:
 
 def test_a_sampler_that_ended_is_unhealthy(path: Path) -> None:
     """Serve is told when nobody samples any more, so that it starts the manager again."""
-    manager = DeviceManager(ARGS, "cpu", str(path))
+    manager = DeviceManager(ARGS, "cpu", str(path), "test")
     manager.check_health()
     manager._stop.set()
     manager._thread.join(SECONDS)

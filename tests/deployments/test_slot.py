@@ -74,13 +74,13 @@ def test_its_state_is_published_at_once(slot: Slot, path: Path, clock: Clock) ->
 
 def test_requests_are_counted_in_and_out(slot: Slot, path: Path) -> None:
     """What came in is in flight until it is finished; the router's row keeps its own count."""
-    slot.received(TICKET)
-    slot.received(Ticket("proxy", "proxy"))
+    first = slot.received(TICKET)
+    second = slot.received(Ticket("proxy", "proxy"))
     r = reading(path)
     assert (r.received_total, r.in_flight_requests, r.in_flight_tokens) == (2, 2, 30)
     assert (r.received_by_router[4], sum(r.received_by_router)) == (1, 1)
-    slot.finished(TICKET)
-    slot.finished(Ticket("proxy", "proxy"))
+    slot.finished(first)
+    slot.finished(second)
     r = reading(path)
     assert (r.finished_total, r.in_flight_requests, r.in_flight_tokens) == (2, 0, 0)
 
@@ -144,7 +144,7 @@ def test_it_beats_and_moves_to_a_board_made_anew(
     """When the board was removed or made anew, the next heartbeat carries slot and counters over to the new one."""
     monkeypatch.setattr(slot_module, "HEARTBEAT_S", 0.001)
     slot.set_state(ReplicaState.READY)
-    slot.received(TICKET)
+    number = slot.received(TICKET)
     path.unlink()
     other = Board.open(path)
     taken = other.claim_slot("came first")
@@ -162,7 +162,7 @@ def test_it_beats_and_moves_to_a_board_made_anew(
     moved = other.snapshot(0.0).replicas[1]
     assert (slot.index, moved.replica_id, moved.gpu, moved.state) == (1, "app#Replica#x1", 3, ReplicaState.READY)
     assert (moved.received_total, moved.in_flight_tokens, moved.received_by_router[4]) == (1, 30, 1)
-    slot.finished(TICKET)
+    slot.finished(number)
     assert other.snapshot(0.0).replicas[1].in_flight_requests == 0
     taken.release()
     other.close()
