@@ -11,7 +11,9 @@ import itertools
 import json
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from balancer import haproxy_view
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
 from balancer.cost import CostEstimator
+from balancer.counters import RouterCounters
 from balancer.knobs import Knobs
 from balancer.on_the_way import OnTheWay
 from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict
@@ -44,6 +47,15 @@ _SESSION_HEADER = b"x-session-id"
 Answer = tuple[int, bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A request in the queue, and the future that its connection waits on."""
+
+    cost: RequestCost
+    since_s: float
+    future: asyncio.Future[Answer]
+
+
 class RouteService:
     """One router: a dispatcher with its queue, a row of the board, and HAProxy's view of the replicas.
 
@@ -59,7 +71,8 @@ class RouteService:
         self._dispatcher = Dispatcher(knobs, random.Random(knobs.seed))
         self._estimator = CostEstimator(knobs)
         self._ids = map(str, itertools.count())
-        self._waiting: dict[str, tuple[RequestCost, asyncio.Future[Answer]]] = {}
+        self._waiting: dict[str, Waiter] = {}
+        self._lost_counted = 0
         self._reachable: frozenset[str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._attach()
@@ -75,9 +88,10 @@ class RouteService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for _, future in list(self._waiting.values()):
-            if not future.done():
-                future.set_result((503, b'{"detail":"the router is stopping"}'))
+        for waiter in list(self._waiting.values()):
+            if not waiter.future.done():
+                waiter.future.set_result((503, b'{"detail":"the router is stopping"}'))
+        self._counters.leave()
         self._row.release()
         self._board.leave()
 
@@ -110,11 +124,14 @@ class RouteService:
         if PROBE_FIELD in body and (slot := _probed_slot(body)) is not None:
             return _probe(slot, snapshot)
         cost, request_id = self._estimator.estimate(body, session), next(self._ids)
+        began_s = time.perf_counter()
         decision = self._dispatcher.submit(request_id, cost, snapshot)
+        self._count(decision, time.perf_counter() - began_s)
+        self._publish_counts(snapshot.now_s)
         if decision.verdict is not Verdict.WAIT:
             return self._answer(decision, cost, snapshot)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = cost, future
+        self._waiting[request_id] = Waiter(cost, snapshot.now_s, future)
         future.add_done_callback(lambda _: self._forget(request_id))
         return future
 
@@ -128,23 +145,45 @@ class RouteService:
         either: set[asyncio.Future[Any]] = {future, hung_up}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            return future.result() if future.done() else (503, b'{"detail":"the client has gone"}')
+            if future.done():
+                return future.result()
+            self._counters.count_cancelled()
+            return 503, b'{"detail":"the client has gone"}'
         finally:
             hung_up.cancel()
             future.cancel()
 
     def _forget(self, request_id: str) -> None:
-        del self._waiting[request_id]
+        waiter = self._waiting.pop(request_id)
+        self._counters.observe_wait(self._clock() - waiter.since_s)
         self._dispatcher.cancel(request_id)
 
     async def _release(self) -> None:
         while True:
             await asyncio.sleep(_RELEASE_EVERY_S if self._waiting else _IDLE_EVERY_S)
             snapshot = self._snapshot()
-            for request_id, decision in self._dispatcher.release(snapshot):
-                cost, future = self._waiting[request_id]
-                if not future.done():  # else its client went in this very turn of the loop
-                    future.set_result(self._answer(decision, cost, snapshot))
+            began_s = time.perf_counter()
+            decided = self._dispatcher.release(snapshot)
+            each_s = (time.perf_counter() - began_s) / max(1, len(decided))
+            for request_id, decision in decided:
+                waiter = self._waiting[request_id]
+                if not waiter.future.done():  # else its client went in this very turn of the loop
+                    self._count(decision, each_s)
+                    waiter.future.set_result(self._answer(decision, waiter.cost, snapshot))
+            self._publish_counts(snapshot.now_s)
+
+    def _count(self, decision: Decision, seconds: float) -> None:
+        if decision.verdict is Verdict.ASSIGN:
+            self._counters.count_decision(decision.slot, self._dispatcher.knobs.policy, decision.reason, seconds)
+        elif decision.verdict is Verdict.REJECT:
+            self._counters.count_rejection(decision.reason)
+
+    def _publish_counts(self, now_s: float) -> None:
+        self._counters.count_lost(self._on_the_way.lost_total - self._lost_counted)
+        self._lost_counted = self._on_the_way.lost_total
+        self._counters.set_queue(self._dispatcher.waiting)
+        self._counters.set_active(self._dispatcher.active)
+        self._counters.publish(now_s)
 
     def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot) -> Answer:
         policy = self._dispatcher.knobs.policy
@@ -176,6 +215,8 @@ class RouteService:
         self._row: RowWriter = board.claim_row()
         self._board = board
         self._on_the_way = OnTheWay(self._row)
+        self._lost_counted = 0
+        self._counters = RouterCounters.open(self._board_path, self._row.index)
 
     async def _follow_board(self) -> None:
         while True:
@@ -185,12 +226,13 @@ class RouteService:
                 self._move()
 
     def _move(self) -> None:
-        old = self._board
+        old, old_counters = self._board, self._counters
         try:
             self._attach()
         except BoardError as error:
             logger.warning("%s; trying again", error)
         else:
+            old_counters.leave()
             old.close()
 
     async def _follow_haproxy(self, socket: Path) -> None:

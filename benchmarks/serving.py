@@ -25,6 +25,7 @@ def serving(application: Mapping[str, Any], flags: Sequence[str] = ()) -> Iterat
     Raises RuntimeError with the end of its log when it does not start.
     """
     port = free_port()
+    application = {**application, "args": {**application["args"], "monitoring": {"exporter_port": None}}}
     document = {
         "http_options": {"host": "127.0.0.1", "port": port},
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},

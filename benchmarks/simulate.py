@@ -1,6 +1,6 @@
 """Simulate replicas of one model on one GPU behind the dispatcher, under a simulated clock.
 
-    python -m benchmarks.simulate --goals [--out DIR]
+    python -m benchmarks.simulate --goals [--fresh-seed N] [--out DIR]
     python -m benchmarks.simulate --trace FILE [--speed-up X] [--json OUT] [--plot OUT.png]
     python -m benchmarks.simulate --closed 256 | --open 40 | --bursts 10 [--model opt] [--lengths mixed]
 
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--open", type=float, metavar="RATE", help="Poisson arrivals, requests/s")
     what.add_argument("--bursts", type=float, metavar="RATE", help="Poisson arrivals, x8 for 2 s in every 10 s")
     what.add_argument("--steps", type=int, metavar="CLIENTS", help="so many clients, x8 in the middle third")
+    p.add_argument("--fresh-seed", type=int, metavar="N", help="with --goals: on random numbers and lengths drawn anew")
     p.add_argument("--model", choices=sorted(DEPLOYMENTS), default="opt")
     p.add_argument("--parameters", type=Path, default=engine_model.PARAMETERS, help="fitted engine model")
     p.add_argument("--replicas", type=int, help="instead of the model's default deployment")
@@ -153,7 +154,7 @@ def run_goals(args: argparse.Namespace) -> list[Line]:
     began = time.perf_counter()
     # First, while nothing else of this program keeps the cores busy.
     decisions = decision_lines()
-    goals = Goals(engine_model.load(args.parameters), args.processes)
+    goals = Goals(engine_model.load(args.parameters), args.processes, fresh_seed=args.fresh_seed)
     lines = goals.run() + decisions
     print(table(lines))
     missed = sum(not line.ok for line in lines)

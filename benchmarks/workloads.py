@@ -24,6 +24,10 @@ class Lengths:
     def _around(self, mean: int, rng: random.Random) -> int:
         return max(1, round(mean * rng.uniform(1.0 - self.spread, 1.0 + self.spread)))
 
+    def scaled(self, rng: random.Random) -> Lengths:
+        """Lengths of the same kind, but each prompt and output up to a half longer or a third shorter."""
+        return Lengths(tuple((w, _scale(p, rng), _scale(o, rng)) for w, p, o in self.mixture), self.spread)
+
     @property
     def mean_output(self) -> float:
         return sum(w * o for w, _, o in self.mixture) / sum(w for w, _, _ in self.mixture)
@@ -31,6 +35,10 @@ class Lengths:
     @property
     def mean_tokens(self) -> float:
         return sum(w * (p + o) for w, p, o in self.mixture) / sum(w for w, _, _ in self.mixture)
+
+
+def _scale(tokens: int, rng: random.Random) -> int:
+    return max(1, round(tokens * 1.5 ** rng.uniform(-1.0, 1.0)))
 
 
 UNIFORM = Lengths(((1.0, 512, 256),))

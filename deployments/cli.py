@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from balancer.board import BoardError
+from balancer.board import BoardError, board_path
 from deployments.config import ConfigError, load
 
 
@@ -32,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check FILE and start nothing")
     _file(validate)
     validate.set_defaults(command=_validate)
+    for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
+        watch = commands.add_parser(name, help=f"{text} of the run that is going on")
+        watch.set_defaults(command=command)
     return parser
 
 
@@ -49,6 +53,29 @@ def _validate(options: argparse.Namespace) -> int:
     args, _ = load(options.file)
     print(f"{options.file} is fine: {args.replicas} replicas of {args.public_name}, policy {args.balancer.policy}")
     return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from monitoring.top import top
+
+    top(_newest_board(), interval_s=1.0)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from monitoring.top import status
+
+    print(json.dumps(status(_newest_board()), indent=2))
+    return 0
+
+
+def _newest_board() -> Path:
+    """The board of the youngest run of this user, or of a bare `serve run`."""
+    from deployments.launch import runs_folder
+    from deployments.processes import run_alive
+
+    living = [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
+    return board_path(max(living, key=lambda folder: folder.stat().st_mtime).name if living else "default")
 
 
 if __name__ == "__main__":

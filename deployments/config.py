@@ -136,6 +136,7 @@ class MonitoringConfig(_Strict):
     """How the machine is watched."""
 
     sample_hz: float = Field(25.0, ge=1.0, le=100.0, strict=True)
+    exporter_port: int | None = Field(9410, ge=0, le=65535)
     memory_reserve_gib: float = Field(1.0, ge=0.0, strict=True)
 
 
@@ -228,10 +229,13 @@ def _sentence(error: pydantic.ValidationError, within: str) -> str:
     return f"`{key}` is {first['input']!r}, but it {reason}"
 
 
+_NESTED: dict[str, type[BaseModel]] = {"balancer": BalancerConfig, "monitoring": MonitoringConfig}
+
+
 def _siblings(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = ServeArgs
     for part in location[:-1]:
-        model = {"balancer": BalancerConfig, "monitoring": MonitoringConfig}[str(part)]
+        model = _NESTED[str(part)]
     return list(model.model_fields)
 
 

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from balancer.board import Board, GpuWriter
+from balancer.board import REPLICA_SLOTS, Board, GpuWriter
 from balancer.readings import GpuReading
-from deployments.config import parse_args
+from deployments.config import ServeArgs, parse_args
 from deployments.gpu_setup import EngineSettings, GpuHouse
+from monitoring.exporter import Exporter
 from monitoring.sampler import Sampler, open_reader
 
 logger = logging.getLogger("ray.serve")
@@ -32,6 +33,7 @@ class DeviceManager:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sampler.run, args=(self._stop,), daemon=True, name="sampler")
         self._thread.start()
+        self._exporter = self._export(args, Path(board_path))
 
     def engine_settings(self) -> EngineSettings:
         """What a replica adds to its engine's arguments and environment."""
@@ -50,6 +52,8 @@ class DeviceManager:
             raise RuntimeError("the sampler has stopped; GPU readings on the board are stale")
 
     def __del__(self) -> None:
+        if self._exporter:
+            self._exporter.close()
         self._stop.set()
         self._thread.join(_STOP_WITHIN_S)
         self._reader.close()
@@ -58,6 +62,14 @@ class DeviceManager:
         self._board.leave()
         if self._house:
             self._house.close()
+
+    def _export(self, args: ServeArgs, board: Path) -> Exporter | None:
+        port = args.monitoring.exporter_port
+        if port is None:
+            return None
+        exporter = Exporter(board, args.replicas, slots=min(REPLICA_SLOTS, 2 * args.replicas))
+        exporter.start(port)
+        return exporter
 
     def _write(self, reading: GpuReading) -> None:
         if self._board.replaced():

@@ -114,6 +114,8 @@ def serve(config_path: Path, plain: bool) -> int:
     run_id = processes.new_run_id()
     run = Run(run_id, runs_folder() / run_id, options.get("host", "127.0.0.1"), int(options.get("port", 8000)), plain)
     require_free_ports(run)
+    if port := args.monitoring.exporter_port:
+        require_free_port("127.0.0.1", port, "monitoring.exporter_port")
     if device.resolve(args) == "gpu":
         print(gpu_setup.check(args, run_id), flush=True)
     with _private_folder(run.folder), _interruptible() as interrupted:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from balancer.readings import ReplicaReading
-from monitoring.exporter import replica_tag
+from monitoring.exposition import replica_tag
 
 # prometheus.yml names this folder; the same in and outside of the container.
 FOLDER = Path("/tmp/splitwiser")

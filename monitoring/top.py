@@ -19,7 +19,7 @@ from rich.text import Text
 from balancer.board import Board, BoardError
 from balancer.counters import CHOICES, EJECTIONS, REJECTIONS, CountersReader, RouterTotals
 from balancer.readings import GpuReading, GpuSource, ReplicaReading, ReplicaState, Snapshot
-from monitoring.exporter import replica_tag
+from monitoring.exposition import replica_tag
 
 # Replicas write four times a second, the sampler 25 times: what is older than this is not true any more.
 STALE_AFTER_S = 2.0

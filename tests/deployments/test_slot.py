@@ -138,6 +138,30 @@ def test_closing_gives_the_slot_back(slot: Slot, path: Path) -> None:
     third.close()
 
 
+def test_the_expected_kv_peak_falls_as_answers_are_made(
+    slot: Slot, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new request counts with all of its tokens; what remains is worked out anew at the next heartbeat."""
+    monkeypatch.setattr(slot_module, "HEARTBEAT_S", 0.001)
+    numbers = [slot.received(Ticket("gpu_aware", "x", 4, tokens=110, output_tokens=100)) for _ in range(2)]
+    assert slot.fields.kv_tokens_peak == 220
+    for _ in range(60):
+        slot.step(running=2, waiting=0, kv_ratio=0.0, prompt=0, output=2, preempted=0)
+    slot.finished(numbers[0])
+
+    async def one_beat() -> None:
+        task = asyncio.create_task(slot.beat())
+        async with asyncio.timeout(10):
+            while slot.fields.kv_tokens_peak == 220:
+                await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(one_beat())
+    assert slot.fields.kv_tokens_peak == 110
+    slot.finished(numbers[1])
+
+
 def test_it_beats_and_moves_to_a_board_made_anew(
     slot: Slot, path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

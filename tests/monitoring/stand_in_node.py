@@ -14,7 +14,8 @@ from pathlib import Path
 from balancer.board import Board, SlotWriter
 from balancer.counters import RouterCounters
 from balancer.readings import GpuReading, GpuSource, ReplicaState
-from monitoring.exporter import Exporter, MpsView
+from monitoring.exporter import Exporter
+from monitoring.exposition import MpsView
 
 RECORDED = Path(__file__).with_name("recorded")
 # The tags of the replicas in recorded/haproxy.txt.

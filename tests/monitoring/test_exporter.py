@@ -18,7 +18,8 @@ from balancer.board import Board
 from balancer.counters import CHOICES, RouterCounters, counters_path
 from balancer.readings import GpuSource, ReplicaReading, ReplicaState, Snapshot
 from monitoring import metrics
-from monitoring.exporter import Exporter, MpsView
+from monitoring.exporter import Exporter
+from monitoring.exposition import MpsView
 from monitoring.lives import LifeWatch
 from tests.monitoring.stand_in_node import GIB, TAGS, gpu_reading, node, replica_id
 
@@ -228,6 +229,15 @@ def test_mps_is_shown_as_the_device_manager_sees_it(path: Path) -> None:
     names = ("mps_wanted", "mps_up", "mps_clients", "mps_faults_total")
     assert [value(before, name) for name in names] == [0, 0, 0, 0]
     assert [value(after, name) for name in names] == [1, 1, 4, 2]
+
+
+def test_memory_is_taken_from_who_knows_it_better_than_the_board(path: Path) -> None:
+    """The device manager sees what each client process holds; other slots keep what they wrote themselves."""
+    exporter = Exporter(path, desired=2, slots=2, memory=lambda: {1: 7 * GIB})
+    with node(path):
+        found = series(exporter.scrape())
+    exporter.close()
+    assert [value(found, "replica_gpu_memory_bytes", slot=slot) for slot in "01"] == [20 * GIB, 7 * GIB]
 
 
 def test_what_others_register_is_served_along(path: Path) -> None:

@@ -111,6 +111,7 @@ def write_config(folder: Path, port: int, change: Callable[[dict[str, Any]], Non
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     document["http_options"]["port"] = port
     change(document)
+    document["applications"][0]["args"].setdefault("monitoring", {})["exporter_port"] = free_port()
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
