@@ -2,9 +2,12 @@
 
 Five numbers, none negative, are fitted to observations:
 
-    step = own + own_sequence * batch + replicas * (shared + shared_sequence * batch + shared_prompt * prompts)
+    step = own + own_sequence * batch + crowding * (shared + shared_sequence * batch + shared_prompt * prompts)
 
-`own` is what a replica does beside the others (its CPU loop), `shared` what all of them ask of the one device.
+`own` is what a replica does beside the others (its CPU loop), `shared` what all of them ask of the one device. While
+the device is mostly idle, replicas seldom meet there and crowding is near 1; once it is full, it grows by one for each
+further replica. Both follow from the ratio of own to shared alone, by mean value analysis of a closed queueing network
+(Reiser and Lavenberg, JACM 1980), see `crowding`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 
 Vector = list[float]
 TERMS = 5
+OWN_TERMS = 2
 _UPPER = [(i, j) for i in range(TERMS) for j in range(i, TERMS)]
 # The newest window weighs a quarter: four windows, one second, until a cell has forgotten.
 CELL_BLEND = 0.25
@@ -22,6 +26,8 @@ CELL_MASS = 8.0
 # What the SM reading says of the shared part of a step weighs as much as two windows: it decides while little else is
 # known, and gives way to measured times, because it counts a device busy where few SMs work.
 SM_MASS = 2.0
+# Crowding follows from the terms and the terms from crowding: so many rounds at each fit, begun from the last answer.
+ROUNDS = 2
 # With several replicas at work the reading hides how much they wait for one another, so only one's counts.
 SM_TELLS_UP_TO = 1.5
 # Before anything is known, what part of a step each term is: mostly what grows with the batch, half of it shared. With
@@ -34,27 +40,52 @@ UNMEASURED_SEQUENCE_S = 2e-5
 UNMEASURED_PROMPT_S = 2e-6
 
 
-def features(batch: float, replicas: float, prompts: float) -> Vector:
-    """One row of the fit; `prompts` is prompt tokens for each step."""
-    return [1.0, batch, replicas, replicas * batch, replicas * prompts]
+def crowding(own_s: float, shared_s: float, replicas: float) -> float:
+    """How many times `shared_s` a replica's step spends on the device, with `replicas` of them taking turns there."""
+    if own_s <= 0.0 or shared_s <= 0.0:
+        return max(1.0, replicas)
+    times, before, queue = 1.0, 1.0, 0.0
+    for n in range(1, math.ceil(replicas) + 1):
+        before, times = times, 1.0 + queue
+        queue = n * times * shared_s / (own_s + times * shared_s)
+    return times - (times - before) * (math.ceil(replicas) - replicas) if replicas > 1.0 else 1.0
+
+
+def features(batch: float, prompts: float) -> Vector:
+    """One row of the fit for a replica alone; `prompts` is prompt tokens for each step."""
+    return [1.0, batch, 1.0, batch, prompts]
 
 
 class Cell:
-    """The blended observations of one neighbourhood (replicas busy, size of batch)."""
+    """The blended observations of one neighbourhood (replicas busy, size of batch), each row over its step time."""
 
-    __slots__ = ("mass", "moments", "target")
+    __slots__ = ("crowd", "mass", "moments", "replicas", "target")
 
     def __init__(self) -> None:
         self.mass = 0.0
+        self.crowd = 1.0
+        self.replicas = 1.0
         self.moments: Vector = [0.0] * len(_UPPER)
         self.target: Vector = [0.0] * TERMS
 
-    def add(self, row: Vector, value: float) -> None:
-        """Blend in that `row` times the terms was `value`."""
+    def add(self, row: Vector, value: float, replicas: float = 1.0) -> None:
+        """Blend in that `row` times the terms was `value`, with so many replicas busy."""
         blend = max(CELL_BLEND, 1.0 / (1.0 + self.mass))
         self.moments = [old + blend * (row[i] * row[j] - old) for old, (i, j) in zip(self.moments, _UPPER, strict=True)]
         self.target = [old + blend * (x * value - old) for old, x in zip(self.target, row, strict=True)]
+        self.replicas += blend * (replicas - self.replicas) if self.mass else replicas - self.replicas
         self.mass = min(CELL_MASS, self.mass + 1.0)
+
+    def fitted(self, terms: Vector) -> tuple[float, float]:
+        """(own, shared) share of the steps seen here, by these terms, for a replica alone."""
+        parts = [term * x for term, x in zip(terms, self.target, strict=True)]
+        return sum(parts[:OWN_TERMS]), sum(parts[OWN_TERMS:])
+
+    def weighted(self) -> Vector:
+        """Moments and targets by mass, with the shared terms as crowded as the replicas are."""
+        scale = [1.0] * OWN_TERMS + [self.crowd] * (TERMS - OWN_TERMS)
+        moments = [self.mass * m * scale[i] * scale[j] for m, (i, j) in zip(self.moments, _UPPER, strict=True)]
+        return moments + [self.mass * t * x for t, x in zip(self.target, scale, strict=True)]
 
 
 def cell_key(replicas: float, batch: float) -> tuple[int, int]:
@@ -73,19 +104,22 @@ class StepModel:
 
     def observe(self, batch: float, replicas: float, prompts: float, step_s: float, sm_ratio: float | None) -> None:
         """One window of one replica; `sm_ratio` None when no honest reading of the SMs is at hand."""
-        row = [x / step_s for x in features(batch, replicas, prompts)]
-        self.cells.setdefault(cell_key(replicas, batch), Cell()).add(row, 1.0)
+        row = [x / step_s for x in features(batch, prompts)]
+        self.cells.setdefault(cell_key(replicas, batch), Cell()).add(row, 1.0, replicas)
         if sm_ratio is not None and replicas < SM_TELLS_UP_TO:
-            self.sm.add([0.0, 0.0, *row[2:]], sm_ratio)
+            self.sm.add([0.0, 0.0, *(replicas * x for x in row[OWN_TERMS:])], sm_ratio)
         self.most_replicas_seen = max(self.most_replicas_seen, round(replicas))
 
     def fit(self) -> None:
         """Refit all terms to all cells: projected Gauss-Seidel, started from the last answer."""
-        weighted = [[c.mass * m for m in (*c.moments, *c.target)] for c in self.cells.values()]
+        for _ in range(ROUNDS if self.cells else 0):
+            for cell in self.cells.values():
+                cell.crowd = crowding(*cell.fitted(self.terms), cell.replicas)
+            self._solve()
+
+    def _solve(self) -> None:
+        sums = [sum(column) for column in zip(*(c.weighted() for c in self.cells.values()), strict=True)]
         sm_mass = SM_MASS if self.sm.mass else 0.0
-        if not weighted:
-            return
-        sums = [sum(column) for column in zip(*weighted, strict=True)]
         sums = [total + sm_mass * m for total, m in zip(sums, (*self.sm.moments, *self.sm.target), strict=True)]
         mass = sum(c.mass for c in self.cells.values())
         matrix = [[0.0] * TERMS for _ in range(TERMS)]
@@ -101,16 +135,17 @@ class StepModel:
     def step_s(self, batch: float, replicas: float, prompts: float) -> float:
         """The fit, corrected by what was measured in the same cell."""
         own, own_sequence, shared, shared_sequence, shared_prompt = self.terms
-        fitted = own + own_sequence * batch + replicas * (shared + shared_sequence * batch + shared_prompt * prompts)
+        own_s, shared_s = own + own_sequence * batch, shared + shared_sequence * batch + shared_prompt * prompts
+        fitted = own_s + crowding(own_s, shared_s, replicas) * shared_s
         return fitted * self._correction(cell_key(replicas, batch))
 
     def _correction(self, key: tuple[int, int]) -> float:
         cell = self.cells.get(key)
         if cell is None:
             return 1.0
-        fitted = sum(term * x for term, x in zip(self.terms, cell.target, strict=True))
+        own, shared = cell.fitted(self.terms)
         trust = cell.mass / (cell.mass + 1.0)
-        return 1.0 + trust * (1.0 / max(fitted, 0.1) - 1.0)
+        return 1.0 + trust * (1.0 / max(own + cell.crowd * shared, 0.1) - 1.0)
 
     def measured(self, replicas: int) -> bool:
         """Whether this number of replicas was ever seen at work."""

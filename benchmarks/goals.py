@@ -164,7 +164,11 @@ class Goals:
             Job(("step", model, "gpu_aware"), self._case(model, work, Knobs(seed=1), begin + 2 * STEP_EVERY_S), curves)
             for model, curves in self.curves.items()
         ] + [
-            Job(("step best", model, str(n), f"fixed {k}"), self._case(model, closed(n, self.uniform), Knobs(active_set=k)), curves)
+            Job(
+                ("step best", model, str(n), f"fixed {k}"),
+                self._case(model, closed(n, self.uniform), Knobs(active_set=k)),
+                curves,
+            )
             for model, curves in self.curves.items()
             for n in STEP_LOADS
             for k in FIXED
@@ -177,7 +181,9 @@ class Goals:
             deployment = DEPLOYMENTS[model]
             # What the KV caches of all replicas hold at once, asked for STORM_LOAD times over.
             fits = deployment.replicas * deployment.kv_tokens / self.long_outputs.mean_tokens
-            work = closed(round(STORM_LOAD * min(fits, deployment.replicas * deployment.max_running)), self.long_outputs)
+            work = closed(
+                round(STORM_LOAD * min(fits, deployment.replicas * deployment.max_running)), self.long_outputs
+            )
             for name, knobs in contenders(deployment, fixed=False).items():
                 jobs.append(Job(("storm", model, name), self._case(model, work, knobs, STORM_S), curves))
         return jobs

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from balancer.active_set import ActiveSet, Demand
 from balancer.knobs import Knobs
 from balancer.readings import GpuReading, GpuSource, ReplicaReading, ReplicaState
-from balancer.step_model import StepModel
+from balancer.step_model import StepModel, crowding
 
 Truth = Callable[[float, int], float]
 IDLE = ReplicaReading(0, "r", 0, ReplicaState.READY, 0.0, 0, 0, 0, 0, 0, 0, 0, 10_000, 16, 256, 0.005, 0, 0, 0, 0, 0)
@@ -209,7 +209,8 @@ def test_the_fit_recovers_step_times_of_its_family(terms: list[float]) -> None:
     own, own_sequence, shared, shared_sequence = terms[0], terms[1] / 100, terms[2], terms[3] / 100
 
     def truth(batch: float, replicas: float) -> float:
-        return own + own_sequence * batch + replicas * (shared + shared_sequence * batch)
+        own_s, shared_s = own + own_sequence * batch, shared + shared_sequence * batch
+        return own_s + crowding(own_s, shared_s, replicas) * shared_s
 
     model = StepModel()
     for _ in range(8):
@@ -219,3 +220,35 @@ def test_the_fit_recovers_step_times_of_its_family(terms: list[float]) -> None:
         model.fit()
     assert min(model.terms) >= 0.0
     assert model.step_s(60.0, 3, 0.0) == pytest.approx(truth(60.0, 3), rel=0.1)
+
+
+@given(st.floats(1e-4, 1e-1), st.floats(1e-4, 1e-1), st.integers(1, 16))
+def test_crowding_keeps_within_the_bounds_of_a_closed_network(own_s: float, shared_s: float, replicas: int) -> None:
+    """Replicas wait for one another at most each time, and never overlap more than the one device allows."""
+    step_s = own_s + crowding(own_s, shared_s, replicas) * shared_s
+    assert step_s <= (own_s + replicas * shared_s) * (1 + 1e-9)
+    assert step_s >= max(own_s + shared_s, replicas * shared_s) * (1 - 1e-9)
+
+
+def test_crowding_agrees_with_mean_value_analysis_by_hand() -> None:
+    """Two replicas that are half of their time on the device find it taken half of the time; three, 1.2 times over."""
+    assert crowding(1.0, 1.0, 1) == pytest.approx(1.0)
+    assert crowding(1.0, 1.0, 2) == pytest.approx(1.5)
+    assert crowding(1.0, 1.0, 3) == pytest.approx(2.2)
+    assert crowding(1.0, 1.0, 1.5) == pytest.approx(1.25)
+    assert crowding(0.0, 1.0, 4) == pytest.approx(4.0)
+
+
+def test_one_replica_alone_tells_that_a_small_model_wants_four() -> None:
+    """Steps of a single OPT-125m engine on an H200 with its SM readings foresee what four made, within a quarter.
+
+    The numbers are those of the measured sweep (1024 in, 256 out): batch, decode step in ms, SM ratio.
+    """
+    model = StepModel()
+    for _ in range(4):
+        for batch, step_ms, sm in ((40, 3.85, 0.20), (160, 6.98, 0.34), (320, 12.22, 0.35)):
+            model.observe(batch, 1.0, 0.0, step_ms * 1e-3, sm)
+        model.fit()
+    rates = {k: 160 / model.step_s(160 / k, k, 0.0) for k in (1, 2, 4)}
+    assert rates[1] < rates[2] < rates[4]
+    assert rates[4] == pytest.approx(160 / 3.98e-3, rel=0.25)

@@ -187,8 +187,6 @@ def test_an_exception_in_the_application_is_counted_out(place: Place) -> None:
     assert place.counts() == (1, 1, 0, 0)
 
 
-
-
 @pytest.mark.parametrize("status", [200, 429])
 @pytest.mark.parametrize("stop_at", range(6))
 @pytest.mark.parametrize("how", ["cancelled", "broken pipe"])

@@ -51,9 +51,7 @@ def start() -> Iterator[Start]:
         environment = {k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
         environment |= {RUN_VARIABLE: mark} if mark else {}
         command = [sys.executable, "-S", "-c", script, *arguments]
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=session
-        )
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=session)
         children.append(child)
         assert child.stdout is not None
         assert child.stdout.readline() == "up\n"
