@@ -1,4 +1,4 @@
-"""The wiring, and the contract with what is internal to Ray: a test that breaks with an upgrade says what it was for."""
+"""The wiring, and the contract with what is internal to Ray: a test that breaks with an upgrade says what it is for."""
 
 from __future__ import annotations
 
