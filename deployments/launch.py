@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -28,6 +30,7 @@ from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
 from deployments.processes import RUN_VARIABLE
 from deployments.targets import Targets
+from monitoring import discovery
 
 # Ctrl-C must be over in 15 s: `serve run` gets the first part to end in order, the rest is for what it leaves.
 _ORDERLY_S = 11.0
@@ -42,6 +45,14 @@ _RAY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
 }
+# Serve's controller and proxies report every step at INFO and warn that they are not ready yet; vLLM's CPU build warns
+# about libraries that it can do without.
+_CHATTER = re.compile(
+    rb"(ServeController|HAProxyManager|ProxyActor|build_serve_application) pid=\d+.*( INFO |not ready|didn't complete)"
+    rb"|won't accept connections from HAProxy|more than 30s to initialize|slow __init__"
+    rb"|Triton is installed|Model Runner V2|Enforce eager set|Inductor compilation was disabled|LD_PRELOAD|NUMA binding"
+    rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
+)
 # Serve binds HAProxy's metrics and statistics to every interface; this stands in for the binary and narrows them.
 _HAPROXY = """#!/bin/sh
 for argument; do
@@ -182,7 +193,10 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     _write_haproxy(run.folder / "haproxy")
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config_path)]
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
-    child = subprocess.Popen(command, env=environment(run), start_new_session=True)
+    child = subprocess.Popen(
+        command, env=environment(run), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    threading.Thread(target=_show, args=(child.stdout,), daemon=True, name="output").start()
     leader = Owner.of(child.pid)
     (run.folder / _SESSION_FILE).write_text(f"{leader.pid} {leader.start_ticks}")
     haproxy_port = None if run.plain else _port("RAY_SERVE_HAPROXY_METRICS_PORT")
@@ -204,6 +218,14 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     if not _left_the_board(run, child):
         _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
     return 0
+
+
+def _show(output: IO[bytes]) -> None:
+    """Pass on what a person starting the system wants to see; everything is in /tmp/ray/session_latest/logs."""
+    for line in output:
+        if not _CHATTER.search(line):
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
 
 
 def _write_haproxy(path: Path) -> None:
@@ -275,7 +297,8 @@ def _end_run(run: Run) -> None:
 
 
 def _remove_shared(run_id: str) -> None:
-    """The board, its companions and the MPS folders of a run that has ended."""
+    """The board, its companions, the scrape targets and the MPS folders of a run that has ended."""
+    discovery.remove(discovery.targets_file(run_id))
     board = board_path(run_id)
     for path in board.parent.glob(board.name + "*"):
         path.unlink(missing_ok=True)

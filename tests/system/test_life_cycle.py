@@ -16,6 +16,7 @@ from conftest import ROOT, belongings, free_port, running, start, write_config
 
 from balancer.board import board_path
 from deployments import launch
+from monitoring import discovery
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -77,6 +78,7 @@ def test_what_a_killed_supervisor_leaves_is_ended_by_the_next_start(
     assert "processes of an earlier run" in capsys.readouterr().out
     assert not belongings(system, run_id)
     assert not board_path(run_id).exists()
+    assert not discovery.targets_file(run_id).exists()
     launch.require_free_port("127.0.0.1", port, "http_options.port")
 
 
