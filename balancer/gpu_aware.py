@@ -294,7 +294,12 @@ class GpuAware:
 
     def _remembered(self, cost: RequestCost) -> Home | None:
         by_session = self._homes.get(cost.session) if cost.session else None
-        return by_session or (self._homes.get(cost.prefix) if cost.prefix else None)
+        return by_session or (self._homes.get(cost.prefix) if self._cacheable(cost) else None)
+
+    def _cacheable(self, cost: RequestCost) -> bool:
+        """vLLM caches whole blocks: a prompt shorter than one saves nothing anywhere."""
+        block_tokens = max((v.reading.kv_block_tokens for v in self.candidates), default=0)
+        return cost.prefix != 0 and cost.prompt_tokens >= block_tokens
 
     def _worth(self, view: View, shortest_s: float, cost: RequestCost) -> bool:
         """Whether the cached tokens save more seconds than this replica's longer wait costs, within the load bound."""

@@ -92,6 +92,11 @@ def test_every_answer_names_its_replica_and_the_policy_that_chose_it(system: Sys
     assert answer.policy == "gpu_aware"
 
 
+def test_the_same_request_repeated_shows_both_replicas(system: System) -> None:
+    replicas = {system.complete(max_tokens=1).replica for _ in range(40)}  # all on one: a chance of 2 in 2 ** 40
+    assert replicas == set(system.direct_urls())
+
+
 def test_requests_at_the_same_time_are_served_by_both_replicas(system: System) -> None:
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         answers = list(pool.map(lambda k: system.complete(f"{k} Once", max_tokens=48), range(160)))
