@@ -53,10 +53,13 @@ _CHATTER = re.compile(
     rb"|Triton is installed|Model Runner V2|Enforce eager set|Inductor compilation was disabled|LD_PRELOAD|NUMA binding"
     rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
 )
-# Serve binds HAProxy's metrics and statistics to every interface; this stands in for the binary and narrows them.
+# Serve binds HAProxy's metrics and statistics to every interface, and lets everybody scrape some replica through the
+# public address: this stands in for the binary and mends both in the configuration that it is started with.
 _HAPROXY = """#!/bin/sh
 for argument; do
-    [ "$before" = -f ] && sed -i -E 's/^( *bind) [*]?:({metrics}|{stats})$/\\1 127.0.0.1:\\2/' "$argument"
+    [ "$before" = -f ] && sed -i -E \\
+        -e 's/^( *bind) [*]?:({metrics}|{stats})$/\\1 127.0.0.1:\\2/' \\
+        -e '/^frontend http_frontend/a http-request return status 404 if {{ path_beg -i /metrics }}' "$argument"
     before=$argument
 done
 exec {binary} "$@"
