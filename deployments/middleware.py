@@ -41,7 +41,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["path"].startswith("/metrics") and not self._tickets_required:
-            # Serve's own proxy is the only way in. HAProxy refuses by itself, and leaves a replica's own port to be scraped.
+            # Serve's own proxy is the only way in. HAProxy refuses by itself: a replica's own port may be scraped.
             await _answer(send, 404, {"detail": "not served here"}, [])
         elif scope["method"] != "POST":
             await self._app(scope, receive, self._signed(send, "none"))
