@@ -50,10 +50,13 @@ def mean(histogram: str, more: str = "") -> str:
 
 
 def haproxy_per_slot(metric: str, rate: bool = True, more: str = "", slot: str = "") -> str:
-    """HAProxy names servers after the replica's id, from which the slot is found."""
+    """HAProxy names servers after the replica's id, from which the slot is found.
+
+    Each replica stands in two of its backends, and the one without checks says NaN of them: `>= 0` leaves that out.
+    """
     series = f"{metric}{{{NODE}{more}}}"
     value = f"rate({series}[{RATE}])" if rate else series
-    tagged = f'sum by (replica) (label_replace({value}, "replica", "$1", "server", ".*-(.+)"))'
+    tagged = f'sum by (replica) (label_replace({value} >= 0, "replica", "$1", "server", ".*-(.+)"))'
     info = f'max by (replica, slot) (splitwiser_replica_info{{{OURS},replica!=""{slot}}})'
     return f"sum by (slot) ({tagged} * on (replica) group_left (slot) {info})"
 
