@@ -2,10 +2,9 @@
 
 Every quarter of a second each busy replica yields one observation: how long its steps took, its batch, and how many
 replicas were busy beside it. `balancer.step_model` is fitted to them. For a batch of n over k replicas it predicts
-n / step tokens a second, and so the best k: about sqrt(own_sequence * n / shared). A small model is all `own`: more
-replicas pay. A large one is all `shared`, the reading of its weights repeated by each replica: one is best. The SM
-reading tells the two apart while only one replica was ever at work; every change then measures what it bought, and the
-fit is bent by that.
+n / step tokens a second, and so the best k. A small model is mostly `own`: more replicas pay. A large one is mostly
+`shared`, the reading of its weights repeated by each replica: one is best. The SM reading tells the two apart while
+only one replica was ever at work; every change then measures what it bought, and the fit is bent by that.
 """
 
 from __future__ import annotations
