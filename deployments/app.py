@@ -23,10 +23,10 @@ from deployments.replica import Replica
 
 # Serve's own limits would refuse before the policy has spoken; how many a replica takes is the balancer's decision.
 _UNLIMITED = 1_000_000
-# A vLLM engine on CPUs takes 5 s to end in order; killed sooner it leaves its shared memory behind.
 # Serve runs user code in a thread of its own by default, which adds a hop between threads to every decision and every
 # streamed chunk.
 _ONE_THREAD = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
+# A vLLM engine on CPUs takes 5 s to end in order; killed sooner it leaves its shared memory behind.
 _STOPPING: dict[str, Any] = {"graceful_shutdown_timeout_s": 7.0, "graceful_shutdown_wait_loop_s": 0.1}
 
 
