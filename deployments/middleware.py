@@ -8,6 +8,7 @@ import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from balancer import explain
 from balancer.ticket import DIRECT, HEADER, Ticket
 from deployments.slot import Slot
 
@@ -19,6 +20,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PROBE_PATH = "/splitwiser/probe"
 _HEADER = HEADER.encode()
+_EXPLAINED = explain.HEADER.encode()
 _DIRECT = DIRECT.policy.encode()
 
 
@@ -53,7 +55,7 @@ class Door:
         if ticket is None:
             await _answer(send, *_error(503, "starting", "the router is not connected yet; try again", 1.0))
             return
-        signed = self._signed(send, ticket.policy)
+        signed = self._signed(send, ticket.policy, _header(scope, _EXPLAINED))
         number = self._slot.received(ticket)
         try:
             await self._serve(ticket, scope, receive, signed)
@@ -70,7 +72,7 @@ class Door:
             await self._app(scope, receive, send)
 
     def _ticket(self, scope: Scope) -> Ticket | None:
-        text = next((value for name, value in scope["headers"] if name == _HEADER), None)
+        text = _header(scope, _HEADER)
         if text == _DIRECT:
             return DIRECT
         if text is not None:
@@ -78,8 +80,10 @@ class Door:
                 return Ticket.decode(text.decode("latin-1"))
         return None if self._tickets_required else Ticket(self._policy, "proxy")
 
-    def _signed(self, send: Send, policy: str) -> Send:
+    def _signed(self, send: Send, policy: str, explained: bytes | None = None) -> Send:
         headers = [(b"x-splitwiser-replica", self._name), (b"x-splitwiser-policy", policy.encode())]
+        if explained is not None:
+            headers.append((b"x-splitwiser-decision", explained))
 
         async def signed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -87,6 +91,10 @@ class Door:
             await send(message)
 
         return signed
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes | None:
+    return next((value for name, value in scope["headers"] if name == wanted), None)
 
 
 _REFUSED = "the request cannot be served"

@@ -187,7 +187,7 @@ def test_recent_decisions_are_kept_with_their_inputs() -> None:
     d = dispatcher()
     d.submit("a", SMALL, at(NOW_S, FULL))
     d.release(at(NOW_S + 1.0, replica(0)))
-    assert [(t, name, x.verdict) for t, name, x in d.recent] == [
+    assert [(r.at_s, r.request_id, r.decision.verdict) for r in d.recent] == [
         (NOW_S, "a", Verdict.WAIT),
         (NOW_S + 1.0, "a", Verdict.ASSIGN),
     ]
