@@ -33,6 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check FILE and start nothing")
     _file(validate)
     validate.set_defaults(command=_validate)
+    change = commands.add_parser("apply", help="bring FILE's `balancer` section into force in the run that is going on")
+    _file(change)
+    change.set_defaults(command=_apply)
+    decisions = commands.add_parser("decisions", help="the router's last decisions and what they were made from")
+    decisions.set_defaults(command=_decisions)
     for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
         watch = commands.add_parser(name, help=f"{text} of the run that is going on")
         watch.set_defaults(command=command)
@@ -55,6 +60,22 @@ def _validate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _apply(options: argparse.Namespace) -> int:
+    from deployments import live
+
+    live.deploy(live.changed_document(options.file, _newest_run()))
+    print(f"the balancer of {options.file} is in force")
+    return 0
+
+
+def _decisions(options: argparse.Namespace) -> int:
+    from deployments.live import decisions
+
+    for decision in decisions(_newest_run()):
+        print(json.dumps(decision))
+    return 0
+
+
 def _top(options: argparse.Namespace) -> int:
     from monitoring.top import top
 
@@ -71,11 +92,24 @@ def _status(options: argparse.Namespace) -> int:
 
 def _newest_board() -> Path:
     """The board of the youngest run of this user, or of a bare `serve run`."""
+    folder = _youngest()
+    return board_path(folder.name if folder else "default")
+
+
+def _newest_run() -> Path:
+    """The folder of the youngest run of this user. Raises ConfigError when none goes on."""
+    folder = _youngest()
+    if folder is None:
+        raise ConfigError("no run is going on; start one with `splitwiser serve FILE`")
+    return folder
+
+
+def _youngest() -> Path | None:
     from deployments.launch import runs_folder
     from deployments.processes import run_alive
 
     living = [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
-    return board_path(max(living, key=lambda folder: folder.stat().st_mtime).name if living else "default")
+    return max(living, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 if __name__ == "__main__":
