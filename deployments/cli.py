@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     validate.set_defaults(command=_validate)
     change = commands.add_parser("apply", help="bring FILE's `balancer` section into force in the run that is going on")
     _file(change)
+    change.add_argument(
+        "--run", metavar="NAME", help="a run's folder name, where several go on (default: the youngest)"
+    )
     change.set_defaults(command=_apply)
     decisions = commands.add_parser("decisions", help="the router's last decisions and what they were made from")
     decisions.set_defaults(command=_decisions)
@@ -63,7 +66,8 @@ def _validate(options: argparse.Namespace) -> int:
 def _apply(options: argparse.Namespace) -> int:
     from deployments import live
 
-    live.deploy(live.changed_document(options.file, _newest_run()))
+    folder = _newest_run(options.run)
+    live.deploy(live.changed_document(options.file, folder), folder)
     print(f"the balancer of {options.file} is in force")
     return 0
 
@@ -92,24 +96,24 @@ def _status(options: argparse.Namespace) -> int:
 
 def _newest_board() -> Path:
     """The board of the youngest run of this user, or of a bare `serve run`."""
-    folder = _youngest()
-    return board_path(folder.name if folder else "default")
+    return board_path(_newest_run().name if _living() else "default")
 
 
-def _newest_run() -> Path:
-    """The folder of the youngest run of this user. Raises ConfigError when none goes on."""
-    folder = _youngest()
-    if folder is None:
-        raise ConfigError("no run is going on; start one with `splitwiser serve FILE`")
-    return folder
+def _newest_run(name: str | None = None) -> Path:
+    """The folder of the run `name`, or of the youngest of this user. Raises ConfigError when there is none."""
+    folders = _living()
+    found = max((f for f in folders if name in (None, f.name)), key=lambda folder: folder.stat().st_mtime, default=None)
+    if found is None:
+        going_on = ", ".join(sorted(f.name for f in folders)) or "none"
+        raise ConfigError(f"no such run goes on (going on: {going_on}); start one with `splitwiser serve FILE`")
+    return found
 
 
-def _youngest() -> Path | None:
+def _living() -> list[Path]:
     from deployments.launch import runs_folder
     from deployments.processes import run_alive
 
-    living = [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
-    return max(living, key=lambda folder: folder.stat().st_mtime, default=None)
+    return [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
 
 
 if __name__ == "__main__":

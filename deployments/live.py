@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -10,6 +11,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from deployments import processes
 from deployments.config import ConfigError, load
 
 # What the run was started with, in its folder.
@@ -45,17 +49,14 @@ def _without_balancer(document: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def deploy(document: dict[str, Any]) -> None:
-    """Hand the document to the running Serve, and wait until it is in force. Raises ConfigError when none runs."""
+def deploy(document: dict[str, Any], folder: Path) -> None:
+    """Hand the document to the run's Serve, and wait until it is in force. Raises ConfigError when that fails."""
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    try:
-        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
-        raise ConfigError("no Ray runs here; start the system first with `splitwiser serve FILE`") from None
+    ray.init(address=_ray_address(folder.name), namespace="serve", log_to_driver=False, logging_level="ERROR")
     try:
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(document), _blocking=True)
         states = {a.status: a.message for a in serve.status().applications.values()}
@@ -63,6 +64,16 @@ def deploy(document: dict[str, Any]) -> None:
             raise ConfigError(f"Serve did not take the change ({states}); the old configuration stays in force")
     finally:
         ray.shutdown()
+
+
+def _ray_address(run_id: str) -> str:
+    """Of this run's Ray: others may run beside it."""
+    for process in processes.of_run(run_id, None):
+        with contextlib.suppress(psutil.Error):
+            found = re.search(r"--gcs[-_]address=(\S+)", " ".join(process.cmdline()))
+            if found:
+                return found[1]
+    raise ConfigError("the run's Ray cannot be found; it is still starting, or has ended")
 
 
 def decisions(folder: Path) -> list[dict[str, Any]]:

@@ -73,12 +73,12 @@ def test_the_last_decisions_can_be_read(echo: System) -> None:
 def test_another_policy_comes_into_force_without_restarting_a_replica(echo: System, folder: Path) -> None:
     before = _replica_processes(echo)
     try:
-        done = _splitwiser("apply", str(_changed(folder, balancer={"policy": "round_robin"})))
+        done = _splitwiser("apply", "--run", echo.run_id, str(_changed(folder, balancer={"policy": "round_robin"})))
         assert done.returncode == 0, done.stderr
         assert echo.post("/v1/completions", {"prompt": "x"}).policy == "round_robin"
         assert before == _replica_processes(echo) != set()
     finally:
-        _splitwiser("apply", str(folder / "serve_config.yaml"))
+        _splitwiser("apply", "--run", echo.run_id, str(folder / "serve_config.yaml"))
     assert echo.post("/v1/completions", {"prompt": "x"}).policy == "gpu_aware"
 
 
@@ -93,7 +93,7 @@ def test_another_policy_comes_into_force_without_restarting_a_replica(echo: Syst
 def test_a_change_that_is_wrong_or_too_great_is_refused_while_the_old_serves(
     echo: System, folder: Path, change: dict[str, Any], says: str
 ) -> None:
-    refused = _splitwiser("apply", str(_changed(folder, **change)))
+    refused = _splitwiser("apply", "--run", echo.run_id, str(_changed(folder, **change)))
     assert refused.returncode == 2
     assert says in refused.stderr
     assert echo.post("/v1/completions", {"prompt": "x"}).policy == "gpu_aware"
