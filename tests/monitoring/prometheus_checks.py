@@ -29,15 +29,12 @@ VARIABLES = {"$__rate_interval": "1m", "$job": ".*", "$node": ".*", "$slot": ".*
 START_LIMIT_S = 20.0
 
 _NO_GPU = "a machine without a GPU has no such reading, and the exporter says NaN"
-_NO_MEASURED_ESTIMATE = "only once the router has compared predictions with outcomes"
 # Panels ("dashboard / panel / letter of the query") that may be empty or without a number, and why.
 ALLOWED_EMPTY = {
     "overview / Slowest replica / A": "idle engines have no slowest one",
     "overview / Wait in the router / A": "only requests that had to wait are observed",
     "overview / Wait in the router / B": "only requests that had to wait are observed",
     "overview / Wait in the router / C": "only requests that had to wait are observed",
-    "overview / Estimates / A": _NO_MEASURED_ESTIMATE,
-    "overview / Estimates / B": _NO_MEASURED_ESTIMATE,
     "overview / GPU in use / B": _NO_GPU,
     "overview / GPU in use / C": _NO_GPU,
     "overview / Power / A": _NO_GPU,
