@@ -83,18 +83,18 @@ def _decisions(options: argparse.Namespace) -> int:
 def _top(options: argparse.Namespace) -> int:
     from monitoring.top import top
 
-    top(_newest_board(), interval_s=1.0)
+    top(newest_board(), interval_s=1.0)
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
     from monitoring.top import status
 
-    print(json.dumps(status(_newest_board()), indent=2))
+    print(json.dumps(status(newest_board()), indent=2))
     return 0
 
 
-def _newest_board() -> Path:
+def newest_board() -> Path:
     """The board of the youngest run of this user, or of a bare `serve run`."""
     return board_path(_newest_run().name if _living() else "default")
 

@@ -12,7 +12,9 @@ from balancer.board import REPLICA_SLOTS, Board, GpuWriter
 from balancer.readings import GpuReading
 from deployments.config import ServeArgs, parse_args
 from deployments.gpu_setup import EngineSettings, GpuHouse
+from deployments.mps_watch import MpsWatch
 from monitoring.exporter import Exporter
+from monitoring.exposition import MpsView
 from monitoring.sampler import Sampler, open_reader
 
 logger = logging.getLogger("ray.serve")
@@ -67,7 +69,9 @@ class DeviceManager:
         port = args.monitoring.exporter_port
         if port is None:
             return None
-        exporter = Exporter(board, args.replicas, slots=min(REPLICA_SLOTS, 2 * args.replicas))
+        daemon = self._house.daemon if self._house else None
+        view = MpsWatch(daemon, self._reader.mps_client_pids).view if daemon else MpsView
+        exporter = Exporter(board, args.replicas, slots=min(REPLICA_SLOTS, 2 * args.replicas), mps=view)
         exporter.start(port)
         return exporter
 

@@ -121,6 +121,11 @@ class GpuHouse:
             self._daemon = mps.MpsDaemon(mps.ControlProgram(), mps_paths(name))
             self._daemon.start()
 
+    @property
+    def daemon(self) -> mps.MpsDaemon | None:
+        """None where replicas run outside MPS."""
+        return self._daemon
+
     def settings(self) -> EngineSettings:
         demand = self._plan.demand
         engine = {

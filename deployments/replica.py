@@ -18,6 +18,7 @@ from balancer.readings import ReplicaState
 from deployments import engine, start_order
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager
+from deployments.engine_memory import weigh
 from deployments.gpu_setup import EngineSettings, model_path
 from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
@@ -38,11 +39,12 @@ class Replica:
         self._haproxy = haproxy
         self._manager = manager
         self._context = serve.get_replica_context()
+        self._tasks: list[asyncio.Task[None]] = []
         self._slot = Slot(self._board_path, self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
 
     async def __serve_build_asgi_app__(self) -> Door:
         """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
-        self._beat = asyncio.create_task(self._slot.beat())
+        self._tasks.append(asyncio.create_task(self._slot.beat()))
         os.environ[ENGINE_VARIABLE] = "1"
         settings: EngineSettings = await self._manager.engine_settings.remote()
         os.environ.update(settings.environment)
@@ -50,6 +52,7 @@ class Replica:
         namespace = engine.server_arguments(self._args, model_path(self._args), settings.engine)
         async with self._turn(settings):
             await self._start_engine(namespace, settings)
+        self._tasks.append(asyncio.create_task(weigh(self._slot, engine.process_ids(self._engine))))
         app = await engine.build_openai_app(self._engine, namespace)
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
@@ -86,8 +89,8 @@ class Replica:
 
     async def __del__(self) -> None:
         self._slot.set_state(ReplicaState.DRAINING)
-        if hasattr(self, "_beat"):
-            self._beat.cancel()
+        for task in self._tasks:
+            task.cancel()
         if hasattr(self, "_engine"):
             self._engine.shutdown(timeout=_ENGINE_STOP_S)
         self._slot.close()
