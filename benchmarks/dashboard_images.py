@@ -140,12 +140,8 @@ def _timeseries(axes: Axes, panel: Panel, replay: Replay, slot: str) -> None:
         axes.stackplot(times, layers, labels=[name or panel["title"] for name, _ in found], alpha=0.75)
     else:
         for name, series in found:
-            axes.plot(
-                [at_s - replay.start_s for at_s, _ in series.points],
-                _values(series),
-                label=name or panel["title"],
-                linewidth=1.2,
-            )
+            times, values = zip(*series.points, strict=True)
+            axes.plot([at_s - replay.start_s for at_s in times], values, label=name or panel["title"], linewidth=1.2)
     _scaled(axes, panel, replay, bool(found))
     if found:
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=4, fontsize=7, frameon=False)
@@ -211,10 +207,6 @@ def _layers(found: Sequence[Series], start_s: float) -> tuple[list[float], list[
     return [at_s - start_s for at_s in times], [[values.get(at_s, 0.0) for at_s in times] for values in known]
 
 
-def _values(series: Series) -> list[float]:
-    return [value for _, value in series.points]
-
-
 def _titled(axes: Axes, panel: Panel) -> None:
     axes.set_title(textwrap.shorten(panel["title"], 60), fontsize=9, loc="left", weight="bold")
     axes.tick_params(labelsize=7)
@@ -225,7 +217,8 @@ def _titled(axes: Axes, panel: Panel) -> None:
 def _scaled(axes: Axes, panel: Panel, replay: Replay, drawn: bool) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     axes.set_xlim(0, replay.end_s - replay.start_s)
-    axes.set_ylim(bottom=0, top=defaults.get("max") or max(axes.get_ylim()[1], 1e-9) * 1.05)
+    nothing = not axes.collections and not any(value for line in axes.get_lines() for value in line.get_ydata())
+    axes.set_ylim(bottom=0, top=defaults.get("max") or (1.0 if nothing else axes.get_ylim()[1] * 1.05))
     if _unit(panel) == "bytes":
         axes.yaxis.set_major_locator(MultipleLocator(2.0 ** math.ceil(math.log2(axes.get_ylim()[1] / 5))))
     axes.yaxis.set_major_formatter(lambda value, _: _in_unit(value, _unit(panel)))
