@@ -127,6 +127,8 @@ def _stat(axes: Axes, panel: Panel, replay: Replay, slot: str) -> None:
     for number, (name, value) in enumerate(found):
         middle, colour = (number + 0.5) / len(found), _threshold_colour(panel, value)
         words = _in_unit(value, _unit(panel), panel["fieldConfig"]["defaults"].get("decimals"))
+        if panel["options"]["textMode"] == "name":
+            words, name = name, ""
         axes.text(middle, 0.62, words, ha="center", va="center", fontsize=15, color=colour, weight="bold")
         axes.text(middle, 0.2, name, ha="center", va="center", fontsize=8)
 
