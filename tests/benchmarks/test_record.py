@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from benchmarks.recording import Sample, Scrape, Target, Writer, load
 from monitoring import discovery
 from monitoring.discovery import ReplicaTarget
 from tests.monitoring.stand_in_node import TAGS, gpu_reading, node, replica_id, served
+
+ROOT = Path(__file__).parents[2]
 
 
 def reading(slot: int, at_s: float) -> ReplicaReading:
@@ -89,6 +93,20 @@ def test_a_running_node_is_recorded_with_every_target_that_prometheus_would_find
     assert sorted(scrape.target.labels["job"] for scrape in recording.scrapes) == ["haproxy"] + 3 * ["splitwiser"]
     assert all(scrape.series for scrape in recording.scrapes)
     assert "secret-host" not in gzip.decompress(out.read_bytes()).decode()
+
+
+def test_an_interrupted_recorder_keeps_what_it_has(tmp_path: Path) -> None:
+    """Whoever ends it early has a recording that can be read."""
+    out = tmp_path / "recording.jsonl.gz"
+    command = [sys.executable, "-m", "benchmarks.record", "--seconds", "600", "--out", str(out), "--targets"]
+    with node(tmp_path / "board") as made:
+        process = subprocess.Popen([*command, "--board", str(made.path)], cwd=ROOT)
+        deadline_s = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 0
+    assert load(out).scrapes == ()
 
 
 def test_a_target_that_does_not_answer_is_a_scrape_without_series() -> None:
