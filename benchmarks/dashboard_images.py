@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from benchmarks.recording import Recording, load
+from benchmarks.recording import load
 from benchmarks.replayed_prometheus import Replay, Series, replayed
 from monitoring.local_prometheus import PrometheusError
 
@@ -52,22 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for path in draw_all(load(options.recording), options.out, options.slot):
-            print(path)
+        recording = load(options.recording)
+        with tempfile.TemporaryDirectory() as folder, replayed(recording, Path(folder)) as replay:
+            for path in draw_all(replay, recording.note, options.out, options.slot):
+                print(path)
     except PrometheusError as error:
         print(f"benchmarks.dashboard_images: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def draw_all(recording: Recording, out: Path, slot: str) -> list[Path]:
-    """One picture for each committed dashboard. Raises PrometheusError where Prometheus is missing."""
+def draw_all(replay: Replay, note: str, out: Path, slot: str) -> list[Path]:
+    """One picture for each committed dashboard; `note` tells what was recorded."""
     paths = []
-    with tempfile.TemporaryDirectory() as folder, replayed(recording, Path(folder)) as replay:
-        for document in sorted(DASHBOARDS.glob("*.json")):
-            path = out / f"dashboard_{document.stem}.png"
-            draw(json.loads(document.read_text()), replay, slot, recording.note, path)
-            paths.append(path)
+    for document in sorted(DASHBOARDS.glob("*.json")):
+        path = out / f"dashboard_{document.stem}.png"
+        draw(json.loads(document.read_text()), replay, slot, note, path)
+        paths.append(path)
     return paths
 
 
