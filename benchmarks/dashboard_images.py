@@ -24,6 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator
 
 from benchmarks.recording import load
@@ -37,6 +38,9 @@ DPI = 80
 # Grafana makes it four scrape intervals: recordings have one a second, and Ray reports every ten.
 RATE, SLOW_RATE = "5s", "40s"
 COLOURS = {"green": "#2e8b57", "yellow": "#d49a00", "red": "#c0392b", "blue": "#2980b9", "text": "#7f8c8d"}
+_BELOW: dict[str, Any] = {
+    "loc": "upper left", "bbox_to_anchor": (-0.02, -0.16), "ncols": 4, "fontsize": 7, "frameon": False,
+}  # fmt: skip
 NO_DATA = "nothing of this in the recording"
 _FIELD = re.compile(r"\{\{(\w+)\}\}")
 
@@ -145,9 +149,9 @@ def _timeseries(axes: Axes, panel: Panel, replay: Replay, slot: str) -> None:
         for name, series in found:
             times, values = zip(*series.points, strict=True)
             axes.plot([at_s - replay.start_s for at_s in times], values, label=name or panel["title"], linewidth=1.2)
-    _scaled(axes, panel, replay, bool(found))
+    _scaled(axes, panel, replay, max((value for _, series in found for _, value in series.points), default=None))
     if found:
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=4, fontsize=7, frameon=False)
+        axes.legend(**_BELOW)
 
 
 def _heatmap(axes: Axes, panel: Panel, replay: Replay, slot: str) -> None:
@@ -174,8 +178,9 @@ def _timeline(axes: Axes, panel: Panel, replay: Replay, slot: str) -> None:
             axes.broken_barh([(at_s - replay.start_s, 1.0)], (line - 0.4, 0.8), color=colour)
     axes.set_yticks(range(len(found)), [name for name, _ in found], fontsize=7)
     axes.set_xlim(0, replay.end_s - replay.start_s)
-    said = "   ".join(f"{state['text']}: {state['color']}" for state in states.values())
-    axes.text(0.0, -0.22, said, transform=axes.transAxes, fontsize=7, va="top")
+    seen = {str(round(value)) for _, series in found for _, value in series.points}
+    patches = [Patch(color=COLOURS[states[number]["color"]], label=states[number]["text"]) for number in sorted(seen)]
+    axes.legend(handles=patches, **_BELOW)
 
 
 _DRAWN = {"row": _row, "stat": _stat, "timeseries": _timeseries, "heatmap": _heatmap, "state-timeline": _timeline}
@@ -217,16 +222,16 @@ def _titled(axes: Axes, panel: Panel) -> None:
         spine.set_color("#cccccc")
 
 
-def _scaled(axes: Axes, panel: Panel, replay: Replay, drawn: bool) -> None:
+def _scaled(axes: Axes, panel: Panel, replay: Replay, peak: float | None) -> None:
+    """`peak` is the highest value drawn, None where there is none."""
     defaults = panel["fieldConfig"]["defaults"]
     axes.set_xlim(0, replay.end_s - replay.start_s)
-    nothing = not axes.collections and not any(value for line in axes.get_lines() for value in line.get_ydata())
-    axes.set_ylim(bottom=0, top=defaults.get("max") or (1.0 if nothing else axes.get_ylim()[1] * 1.05))
+    axes.set_ylim(bottom=0, top=defaults.get("max") or (axes.get_ylim()[1] * 1.05 if peak else 1.0))
     if _unit(panel) == "bytes":
         axes.yaxis.set_major_locator(MultipleLocator(2.0 ** math.ceil(math.log2(axes.get_ylim()[1] / 5))))
     axes.yaxis.set_major_formatter(lambda value, _: _in_unit(value, _unit(panel)))
     axes.grid(color="#eeeeee")
-    if not drawn:
+    if peak is None:
         axes.text(0.5, 0.5, NO_DATA, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="#888888")
 
 
@@ -244,7 +249,7 @@ def _threshold_colour(panel: Panel, value: float) -> str:
 _SECONDS = ((1.0, 1.0, " s"), (1e-3, 1e3, " ms"), (0.0, 1e6, " us"))
 _BYTES = ((2.0**30, 2.0**-30, " GiB"), (2.0**20, 2.0**-20, " MiB"), (0.0, 1.0, " B"))
 _PLAIN = ((1e9, 1e-9, " G"), (1e6, 1e-6, " M"), (1e4, 1e-3, " k"), (0.0, 1.0, ""))
-_ENDS = {"reqps": " req/s", "ops": " /s", "watt": " W", "celsius": " °C", "hertz": "Hz"}
+_ENDS = {"reqps": " req/s", "ops": " /s", "watt": " W", "celsius": " °C", "hertz": "Hz", "ms": " ms"}
 
 
 def _in_unit(value: float, unit: str, decimals: int | None = None) -> str:

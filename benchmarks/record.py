@@ -96,14 +96,14 @@ def _scrape_on(target: Target, writer: Writer, stop: threading.Event, clock: Cal
 
 
 def scrape(target: Target, clock: Callable[[], float]) -> Scrape:
-    """What the target says now; no series when it does not answer."""
+    """What the target says now, if it answers."""
     at_s = clock()
     try:
         with urllib.request.urlopen(f"http://{target.address}/metrics", timeout=SCRAPE_LIMIT_S) as answer:
             text = answer.read().decode()
     except OSError:
-        text = ""
-    return Scrape(at_s, target, clock() - at_s, parse(text.splitlines()))
+        return Scrape(at_s, target, clock() - at_s, False, {})
+    return Scrape(at_s, target, clock() - at_s, True, parse(text.splitlines()))
 
 
 def parse(lines: Iterable[str]) -> dict[str, str]:

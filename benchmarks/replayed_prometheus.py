@@ -103,7 +103,7 @@ def open_metrics(recording: Recording) -> str:
 def _lines(scrape: Scrape, wall_offset_s: float) -> Iterator[str]:
     labels = ",".join(f'{name}="{value}"' for name, value in scrape.target.labels.items())
     at = f"{scrape.at_s + wall_offset_s:.3f}"
-    yield f"up{{{labels}}} {int(bool(scrape.series))} {at}"
+    yield f"up{{{labels}}} {int(scrape.up)} {at}"
     yield f"scrape_duration_seconds{{{labels}}} {scrape.took_s} {at}"
     for series, value in scrape.series.items():
         name, _, own = series.partition("{")

@@ -191,7 +191,7 @@ def life_cycle() -> list[Builder[Panel]]:
 
 def ingress() -> list[Builder[Panel]]:
     requests = f"sum by (status_code) (rate(ray_serve_num_http_requests_total[{RATE}]))"
-    failures = f"sum by (reason) (rate(ray_serve_haproxy_ingress_router_failures_total[{RATE}])) or vector(0)"
+    failures = f"sum by (reason) (rate(ray_serve_haproxy_ingress_router_failures_total[{RATE}])) or on () vector(0)"
     return [
         graph(
             Words("Answers by status", "As Ray Serve's ingress counted them; 499 is a client that went away."),

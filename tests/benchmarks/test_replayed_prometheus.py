@@ -24,7 +24,7 @@ def scrape(second: int) -> Scrape:
         series[f'splitwiser_replica_active{{slot="{slot}"}}'] = "1"
         series[f'splitwiser_replica_kv_used_tokens{{slot="{slot}"}}'] = "NaN" if held == 2 else "250"
         series[f'splitwiser_replica_kv_size_tokens{{slot="{slot}"}}'] = "1000"
-    return Scrape(500.0 + second, TARGET, 0.01, {} if second == 20 else series)
+    return Scrape(500.0 + second, TARGET, 0.01, second != 20, {} if second == 20 else series)
 
 
 RECORDING = Recording("made up", 1.7e9, {}, (), tuple(map(scrape, range(SECONDS))))
