@@ -2,8 +2,8 @@
 
 JSON lines, gzipped. The first line tells what was recorded and names the columns; then come, in the order of time,
 samples of the board (`{"t", "gpus", "replicas", "torn", "active", "queue"}`) and scrapes (`{"t", "target", "took_s",
-"up", "names", "changed"}`), which carry only what changed: `changed` pairs the number of a series with its new value, and
-`names` gives the next numbers to series not seen before. `t` is `time.monotonic()` of the machine recorded.
+"up", "names", "changed"}`), which carry only what changed: `changed` pairs the number of a series with its new value,
+and `names` gives the next numbers to series not seen before. `t` is `time.monotonic()` of the machine recorded.
 """
 
 from __future__ import annotations
