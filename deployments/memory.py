@@ -194,7 +194,7 @@ class MemoryPlan:
     @property
     def sharing_saves_bytes(self) -> int:
         """What one copy of the weights saves, or would save, against one for each replica; may be negative."""
-        return (self.demand.replicas - 1) * self.shape.weights_bytes - DEFAULT_OVERHEADS.weight_host_bytes
+        return sharing_saves_bytes(self.shape.weights_bytes, self.demand.replicas)
 
     @property
     def client_limit_bytes(self) -> int:
@@ -232,6 +232,11 @@ def plan_memory(card: Card, shape: ModelShape, demand: Demand, overheads: Overhe
     if demand.replicas > largest_replicas(bare) or blocks < _least_blocks(demand):
         raise MemoryPlanError(_refusal(bare))
     return replace(bare, blocks_per_replica=blocks)
+
+
+def sharing_saves_bytes(weights_bytes: int, replicas: int, overheads: Overheads = DEFAULT_OVERHEADS) -> int:
+    """What one copy of the weights for all replicas saves: every copy but one, less what its host needs for itself."""
+    return (replicas - 1) * weights_bytes - overheads.weight_host_bytes
 
 
 def correct(plan: MemoryPlan, measured_first_replica_bytes: int, free_bytes: int) -> MemoryPlan:

@@ -103,6 +103,11 @@ class WeightHouse:
         """What a replica's engine is given to find the host."""
         return engine_arguments(self.socket, {**self.args.get("engine", {}), **self.engine})
 
+    def dismiss(self) -> None:
+        """Tells the host to end once its followers have left; it sees to that by itself."""
+        if (status := self.status()) is not None:
+            self._signal(Owner(status.pid, status.start_ticks), signal.SIGTERM)
+
     def stop(self, limit_s: float) -> None:
         """Ends the host, whoever started it; it lets its followers leave first, for as long as `limit_s` allows."""
         status = self.status()

@@ -351,10 +351,10 @@ def test_the_shorter_length_in_a_refusal_fits(card: Card, shape: ModelShape, dem
 @unhurried
 @given(cards, shapes, demands)
 def test_sharing_weights_never_costs_cache(card: Card, shape: ModelShape, demand: Demand) -> None:
-    """With the weights counted once, whatever fitted still fits, with at least as much KV cache each."""
+    """Where sharing saves memory, whatever fitted still fits, with at least as much KV cache each."""
     private = attempt(card, shape, replace(demand, weights_shared=False))
     shared = attempt(card, shape, replace(demand, weights_shared=True))
-    if isinstance(private, MemoryPlan):
+    if isinstance(private, MemoryPlan) and private.sharing_saves_bytes >= 0:
         assert isinstance(shared, MemoryPlan)
         assert shared.kv_cache_bytes >= private.kv_cache_bytes
 
