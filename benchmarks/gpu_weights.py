@@ -1,6 +1,6 @@
 """One copy of the weights for all engines of a GPU: what it saves, what it costs, and that texts stay the same.
 
-    python3 -m benchmarks.gpu_weights --out weights.jsonl --seconds 480
+    python3 -m benchmarks.gpu_weights --out weights.jsonl --seconds 540
     python3 -m benchmarks.gpu_weights --out weights.jsonl --device cpu --seconds 600
 
 Each model (8 engines of OPT-125m's shape, 4 of Llama-3-8B's; random weights in a checkpoint made on the spot) is run
@@ -238,14 +238,15 @@ class Fleet:
         self.kind = kind
         self.members: list[Member] = []
         self._model, self._arguments, self._env, self._folder = model, arguments, env, folder
-        self._started = 0
+        self._all_started: list[Member] = []
+        self._count = 0
 
-    def add(self) -> Member:
-        log = self._folder / f"{self.kind}-{self._started}.log"
-        self._started += 1
+    def start(self) -> Member:
+        log = self._folder / f"{self.kind}-{self._count}.log"
+        self._count += 1
         member = Member(Engine(WORKER, self._env, log), log, time.monotonic())
         member.engine.send({"model": self._model, "engine": self._arguments})
-        self.members.append(member)
+        self._all_started.append(member)
         return member
 
     def wait(self, deadline_s: float) -> None:
@@ -271,13 +272,18 @@ class Fleet:
     def pids(self) -> list[int]:
         return [pid for member in self.members for pid in member.core_pids]
 
+    def retire(self, member: Member) -> None:
+        """Ends one engine at once."""
+        self._all_started.remove(member)
+        member.engine.close()
+        member.engine.end(time.monotonic())
+
     def end(self) -> None:
-        for member in self.members:
+        for member in self._all_started:
             member.engine.close()
         deadline_s = time.monotonic() + 8.0
-        for member in self.members:
+        for member in self._all_started:
             member.engine.end(deadline_s)
-        self.members.clear()
 
 
 # ---------------------------------------------------------------- one model's proof
@@ -321,17 +327,26 @@ class Proof:
         return mps.client_environment(self._daemon.paths)
 
     def _parts(self) -> None:
-        before = self._meter.used_bytes([])
+        before = self._settled_bytes()
         self._part("private start", lambda: self._start(self._private))
         between = self._part("private memory", lambda: self._memory(self._private, before)) or before
         self._part("shared start", lambda: self._start_shared())
         self._part("shared memory", lambda: self._memory(self._shared, between, host=True))
         self._part("identity", self._identity)
-        self._part("throughput", self._throughput)
         self._part("restart shared", lambda: self._restart(self._shared))
-        self._part("restart private", lambda: self._restart(self._private))
+        self._part("throughput", self._throughput)
         self._part("verify", self._verify)
+        self._part("restart private", lambda: self._restart(self._private))
         self._part("host death", self._host_death)
+
+    def _settled_bytes(self) -> int:
+        """The memory in use once what ran before has given its own back."""
+        used, before = self._meter.used_bytes([]), -1
+        until_s = time.monotonic() + 8.0
+        while used != before and time.monotonic() < until_s:
+            time.sleep(0.7)
+            used, before = self._meter.used_bytes([]), used
+        return used
 
     def _part(self, name: str, do: Callable[[], Any]) -> Any:
         """What breaks one part is written down, and the next still runs."""
@@ -348,8 +363,7 @@ class Proof:
         return min(self._deadline_s + 10.0, time.monotonic() + wish_s)
 
     def _start(self, fleet: Fleet) -> None:
-        for _ in range(self._shape.engines):
-            fleet.add()
+        fleet.members += [fleet.start() for _ in range(self._shape.engines)]
         fleet.wait(self._limit_s(START_LIMIT_S))
         fleet.round(self._shape, 0, self._limit_s(60))
         self._write("start", {"weights": fleet.kind, "engines": [member.row() for member in fleet.members]})
@@ -402,7 +416,7 @@ class Proof:
 
     def _throughput(self, most: int = 12) -> None:
         rounds: list[tuple[str, float]] = []
-        share_s = (self._deadline_s - time.monotonic()) * 0.4
+        share_s = (self._deadline_s - time.monotonic()) * 0.35
         until_s = time.monotonic() + share_s
         for number in range(most):
             for fleet in (self._private, self._shared) if number % 2 == 0 else (self._shared, self._private):
@@ -429,10 +443,10 @@ class Proof:
             for pid in victim.core_pids if self._daemon else []:
                 assert self._daemon is not None
                 self._daemon.terminate_client(pid)
-            victim.engine.close()
-            victim.engine.end(time.monotonic())
-            fresh = fleet.add()
+            fleet.retire(victim)
+            fresh = fleet.start()
             fresh.wait(self._limit_s(START_LIMIT_S))
+            fleet.members.append(fresh)
         finally:
             stop.set()
             for load in loads:
@@ -542,17 +556,22 @@ def make(name: str, folder: Path) -> None:
 
 
 def write_llama(folder: Path, config: Json) -> None:
-    """A Llama checkpoint with random weights, one file a layer; made on the GPU where there is one."""
+    """A Llama checkpoint with random weights, one file a layer.
+
+    Drawing eight billion numbers would take minutes: they are taken from one pool, at another place for each matrix.
+    The pool's length is odd, so that no two rows of a matrix are the same.
+    """
     import torch
     from safetensors.torch import save_file
 
     (folder / "config.json").write_text(json.dumps(config))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(20)
+    pool = torch.empty((1 << 25) + 1, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=torch.manual_seed(20))
+    places = random.Random(20)
 
     def random_matrix(*shape: int) -> Any:
-        filled = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        return filled.normal_(0.0, 0.02, generator=generator).cpu()
+        start = places.randrange(len(pool))
+        size = shape[0] * shape[1]
+        return torch.cat([pool[start:], pool.repeat(size // len(pool) + 1)])[:size].reshape(shape)
 
     for number, names in enumerate(llama_files(config)):
         tensors = {
@@ -690,7 +709,7 @@ def _leave(signum: int, frame: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prove what shared weights save and cost; rows as JSON lines.")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended here")
-    parser.add_argument("--seconds", type=float, default=480.0, help="everything, cleaning up included, ends by then")
+    parser.add_argument("--seconds", type=float, default=540.0, help="everything, cleaning up included, ends by then")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--parts", nargs="+", choices=tuple(GPU_SHAPES), default=list(GPU_SHAPES))
     options = parser.parse_args(arguments)

@@ -65,6 +65,7 @@ class WeightHouse:
     model: str
     engine: Mapping[str, Any]
     lifeline: Owner = field(default_factory=Owner.me)
+    command: tuple[str, ...] = (sys.executable, "-m", "deployments.weight_host")
     _child: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -89,7 +90,7 @@ class WeightHouse:
         self._reap()
         self.socket.unlink(missing_ok=True)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "deployments.weight_host"],
+            self.command,
             stdin=subprocess.PIPE,
             env=_host_environment(environment),
         )

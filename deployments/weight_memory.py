@@ -152,7 +152,10 @@ class _DeviceBytes:
 
 
 def _cuda_bytes(address: int, size_bytes: int) -> torch.Tensor:
-    return torch.as_tensor(_DeviceBytes(address, size_bytes), device="cuda")
+    seen = torch.as_tensor(_DeviceBytes(address, size_bytes), device="cuda")
+    if seen.data_ptr() != address:
+        raise WeightsError("this torch copies device memory that it shall only look at: set `weights: private`")
+    return seen
 
 
 # --- tensors in chunks ---
