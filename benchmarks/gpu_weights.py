@@ -56,6 +56,8 @@ WORKER = (sys.executable, "-P", "-m", "benchmarks.gpu_weights", "--worker")
 MAKER = (sys.executable, "-P", "-m", "benchmarks.gpu_weights", "--make")
 END_MARGIN_S = 25.0
 START_LIMIT_S = 170.0
+# On a CPU an engine is a core and a worker beside the process that drives it; one process starts sooner.
+_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 MIB = 1 << 20
 
@@ -307,7 +309,7 @@ class Proof:
 
     def _prepare(self, model: str, folder: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": _python_path(), "VLLM_LOGGING_LEVEL": "INFO"}
-        environment |= self._mps(folder) if self._device == "gpu" else {}
+        environment |= self._mps(folder) if self._device == "gpu" else _ONE_PROCESS
         self._house = WeightHouse(folder, {"model": model, "engine": self._arguments}, model, {})
         self._stack.callback(self._house.stop, 10.0)
         self._environment = environment
@@ -615,12 +617,17 @@ def work() -> None:
 
     llm = LLM(model=spec["model"], skip_tokenizer_init=True, **spec["engine"])
     _load(llm, {"sequences": 1, "prompt_tokens": 4, "output_tokens": 2, "seed": 0})
-    core = llm.llm_engine.engine_core
-    answer({"core_pids": [p.pid for p in core.resources.engine_manager.processes], "pid": os.getpid()})
+    answer({"core_pids": _core_pids(llm)})
     orders = {"answers": _answers, "load": _load}
     while line := sys.stdin.readline():
         order = json.loads(line)
         answer(orders[order["order"]](llm, order))
+
+
+def _core_pids(llm: Any) -> list[int]:
+    """The processes that hold the weights: of the engine's core, or, without one, this one."""
+    resources = getattr(llm.llm_engine.engine_core, "resources", None)
+    return [p.pid for p in resources.engine_manager.processes] if resources else [os.getpid()]
 
 
 def _prompts(llm: Any, order: Json) -> list[Any]:

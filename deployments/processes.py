@@ -19,6 +19,7 @@ from balancer.board import Owner, process_start_ticks
 # Inherited by everything a run starts (Ray, HAProxy, engines, the MPS daemon), so that whatever lost its parent can
 # still be told to be ours.
 RUN_VARIABLE = "SPLITWISER_RUN"
+# The replica that an engine's processes belong to, by its PID.
 ENGINE_VARIABLE = "SPLITWISER_ENGINE"
 # Set where an engine shall know the loader of shared weights: it imports parts of vLLM, which take a second.
 WEIGHTS_VARIABLE = "SPLITWISER_WEIGHTS"

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import multiprocessing
 import os
 import select
 import signal
@@ -39,6 +38,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from balancer.board import process_start_ticks
 from deployments import weights
+from deployments.processes import ENGINE_VARIABLE
 from deployments.weight_memory import fingerprint, named_tensors, open_chunks, view_of
 from deployments.weights import SHARED_FORMAT, Follower, Manifest, NotShareableError, Shape, WeightsError
 
@@ -116,8 +116,8 @@ class SharedLoader(BaseModelLoader):  # type: ignore[misc]
 
 
 def _replica_pid() -> int:
-    parent = multiprocessing.parent_process()
-    return parent.pid if parent is not None and parent.pid else os.getpid()
+    """The replica that this engine belongs to, or this process where there is none."""
+    return int(os.environ.get(ENGINE_VARIABLE) or os.getpid())
 
 
 # --- the model without its weights ---

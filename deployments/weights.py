@@ -173,7 +173,7 @@ def _exactly(source: socket.socket, size: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """An engine that maps the host's weights. `replica_pid` is its parent, which owns the replica's slot on the board.
+    """An engine that maps the host's weights. `replica_pid` is the process that owns the replica's slot on the board.
 
     `private_bytes` are the parameters and buffers that it holds itself; `attach_s` is how long mapping them took.
     """

@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import running
 
 from deployments.demo_model import DemoSpec, ensure_demo_model
-from deployments.processes import WEIGHTS_VARIABLE
+from deployments.processes import WEIGHTS_VARIABLE, runs_folder
 from deployments.weight_house import WeightHouse
-from deployments.weights import WeightStatus
+from deployments.weights import WeightStatus, statuses
 
 pytestmark = pytest.mark.system
 
@@ -154,3 +156,33 @@ def test_with_the_host_all_that_share_end_and_say_why(site: Site) -> None:
         assert worker.process.wait(30) == -signal.SIGKILL
         assert "the weight host has ended; this engine ends with it" in worker.log.read_text()
     assert all(site.private.ask("texts"))
+
+
+@pytest.mark.timeout(900)
+def test_the_system_lends_one_copy_and_survives_its_host(tmp_path: Path) -> None:
+    """`weights: shared` serves from one host; when that is killed all replicas start anew with another, by themselves.
+
+    Meanwhile every request gets an answer, and in the end both replicas answer again.
+    """
+
+    def share(document: dict[str, Any]) -> None:
+        document["applications"][0]["args"]["weights"] = "shared"
+
+    with running(tmp_path, change=share) as system:
+        folder = runs_folder() / system.run_id
+        (first,) = statuses(folder)
+        assert (first.state, len(first.followers)) == ("ready", 2)
+        wanted = system.complete(max_tokens=4, temperature=0).text
+        os.kill(first.pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + 600
+        seen: set[str] = set()
+        while len(seen) < 2:
+            assert time.monotonic() < deadline_s, system.log.read_text()[-4000:]
+            answer = system.complete(max_tokens=4, temperature=0)
+            assert answer.status == 200 or answer.status >= 429
+            second = next((status for status in statuses(folder) if status.pid != first.pid), None)
+            if answer.status == 200 and second is not None and len(second.followers) == 2:
+                seen.add(answer.replica)
+                assert answer.text == wanted
+            time.sleep(0.5)
+        assert "the weight host has ended; this engine ends with it" in system.log.read_text()
