@@ -10,6 +10,7 @@ one line of JSON, its `kind` one of
     checkpoint  how the model's files were made
     start       engines started together: seconds to ready of each, what their logs say about loading
     memory      the GPU's memory before and after; each client's, as NVML names it (on a CPU: proportional set sizes)
+    saving      what sharing saves, from both memory rows, and what a follower takes beyond a private engine's own
     identity    whether greedy and sampled tokens and their log probabilities are those of the first private engine
     round       one round of load on one of the two sets: tokens a second; rounds alternate
     throughput  medians of the rounds and their ratio
@@ -128,6 +129,25 @@ def same_as(first: Json, other: Json) -> Json:
     ]
     total = sum(len(one) for one, _ in pairs)
     return {"identical": agree == total, "tokens": total, "agree": agree, "logprob_difference": max(differences)}
+
+
+def saving(private: Json, shared: Json, shape: Shape) -> Json:
+    """What one copy saves in all and as KV cache, and what a follower takes beyond what it would without weights.
+
+    `follower_extra_bytes`: a follower less a private engine without its weights, both as the machine names processes;
+    `total_extra_bytes`: the same from the machine's total, host included, spread over the followers.
+    """
+    weights_bytes, engines = shared["shared_weights_bytes"], shared["engines"]
+    saved = private["added_bytes"] - shared["added_bytes"]
+    of_private, of_shared = (statistics.fmean(row["of_each_bytes"]) for row in (private, shared))
+    bare = private["added_bytes"] - engines * weights_bytes
+    return {
+        "saved_bytes": saved,
+        "saved_ratio": saved / ((engines - 1) * weights_bytes),
+        "follower_extra_bytes": of_shared - (of_private - weights_bytes),
+        "total_extra_bytes": (shared["added_bytes"] - weights_bytes - bare) / engines,
+        "kv_cache_gain_ratio": saved / (engines * shape.kv_bytes),
+    }
 
 
 def compare(rounds: Sequence[tuple[str, float]]) -> Json:
@@ -331,9 +351,11 @@ class Proof:
     def _parts(self) -> None:
         before = self._settled_bytes()
         self._part("private start", lambda: self._start(self._private))
-        between = self._part("private memory", lambda: self._memory(self._private, before)) or before
-        self._part("shared start", lambda: self._start_shared())
-        self._part("shared memory", lambda: self._memory(self._shared, between, host=True))
+        private = self._part("private memory", lambda: self._memory(self._private, before))
+        self._part("shared start", self._start_shared)
+        between = private["used_bytes"] if private else self._meter.used_bytes(self._private.pids())
+        shared = self._part("shared memory", lambda: self._memory(self._shared, between, host=True))
+        self._part("saving", lambda: self._write("saving", saving(private, shared, self._shape)))
         self._part("identity", self._identity)
         self._part("restart shared", lambda: self._restart(self._shared))
         self._part("throughput", self._throughput)
@@ -376,27 +398,25 @@ class Proof:
         status = self._house.status()
         self._write("host", {"load_s": status.load_s if status else None, "status": str(status)[:2000]})
 
-    def _memory(self, fleet: Fleet, before: int, host: bool = False) -> int:
+    def _memory(self, fleet: Fleet, before: int, host: bool = False) -> Json:
         status = self._house.status() if host else None
         pids = fleet.pids() + ([status.pid] if status else [])
         everyone = self._private.pids() + self._shared.pids() + ([status.pid] if status else [])
         each = self._meter.of_each(everyone)
         used = self._meter.used_bytes(everyone)
-        self._write(
-            "memory",
-            {
-                "weights": fleet.kind,
-                "engines": len(fleet.members),
-                "added_bytes": used - before,
-                "added_bytes_per_engine": (used - before) // max(1, len(fleet.members)),
-                "of_each_bytes": [each.get(pid) for pid in fleet.pids()],
-                "host_bytes": each.get(status.pid) if status else None,
-                "shared_weights_bytes": status.shared_bytes if status else None,
-                "kv_cache_bytes_per_engine": self._shape.kv_bytes,
-                "all_named": all(pid in each for pid in pids),
-            },
-        )
-        return used
+        row = {
+            "weights": fleet.kind,
+            "engines": len(fleet.members),
+            "used_bytes": used,
+            "added_bytes": used - before,
+            "of_each_bytes": [each.get(pid) for pid in fleet.pids()],
+            "host_bytes": each.get(status.pid) if status else None,
+            "shared_weights_bytes": status.shared_bytes if status else None,
+            "kv_cache_bytes_per_engine": self._shape.kv_bytes,
+            "all_named": all(pid in each for pid in pids),
+        }
+        self._write("memory", row)
+        return row
 
     def _identity(self) -> None:
         private, shared = self._private.answers(self._limit_s(60)), self._shared.answers(self._limit_s(60))

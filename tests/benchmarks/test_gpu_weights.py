@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu_weights import LLAMA, compare, llama_files, loading_in, same_as
+from benchmarks.gpu_weights import CPU_SHAPES, LLAMA, compare, llama_files, loading_in, same_as, saving
 from deployments.memory import model_shape
 
 
@@ -20,6 +21,17 @@ def test_an_answer_is_the_same_only_token_for_token() -> None:
     assert same_as(first, first) == {"identical": True, "tokens": 4, "agree": 4, "logprob_difference": 0.0}
     other = same_as(first, answers([[1, 2], [3, 5]], [[-1.0, -2.0], [-3.0, -4.5]]))
     assert other == {"identical": False, "tokens": 4, "agree": 3, "logprob_difference": 0.5}
+
+
+def test_a_saving_is_told_from_totals_and_from_each() -> None:
+    """Three engines of 100 bytes and weights of 40 each; shared: one copy, a host of 5 more, 2 more a follower."""
+    private = {"added_bytes": 420, "of_each_bytes": [140, 140, 140], "engines": 3}
+    shared = {"added_bytes": 351, "of_each_bytes": [102, 102, 102], "engines": 3, "shared_weights_bytes": 40}
+    found = saving(private, shared, replace(CPU_SHAPES["opt"], kv_bytes=23))
+    assert found == {
+        "saved_bytes": 69, "saved_ratio": 69 / 80, "follower_extra_bytes": 2.0, "total_extra_bytes": 11 / 3,
+        "kv_cache_gain_ratio": 1.0,
+    }  # fmt: skip
 
 
 def test_rounds_are_compared_by_their_medians() -> None:
