@@ -110,8 +110,7 @@ def _newest_run(name: str | None = None) -> Path:
 
 
 def _living() -> list[Path]:
-    from deployments.launch import runs_folder
-    from deployments.processes import run_alive
+    from deployments.processes import run_alive, runs_folder
 
     return [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
 

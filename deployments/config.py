@@ -166,6 +166,7 @@ class ServeArgs(_Strict):
     replicas: int = Field(2, ge=1, le=REPLICA_SLOTS, strict=True)
     device: Literal["auto", "gpu", "cpu"] = "auto"
     mps: Literal["auto", "on", "off"] = "auto"
+    weights: Literal["auto", "shared", "private"] = "auto"
     engine: dict[str, Any] = Field(default_factory=dict)
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()

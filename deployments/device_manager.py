@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from balancer.board import REPLICA_SLOTS, Board, GpuWriter
 from balancer.readings import GpuReading
+from deployments import weights
 from deployments.config import ServeArgs, parse_args
-from deployments.gpu_setup import EngineSettings, GpuHouse
+from deployments.gpu_setup import EngineSettings, GpuHouse, model_path, why_private
 from deployments.mps_watch import MpsWatch
+from deployments.processes import WEIGHTS_VARIABLE
+from deployments.weight_house import WeightHouse, folder_of, lifeline
 from monitoring.exporter import Exporter
 from monitoring.exposition import MpsView
 from monitoring.sampler import Sampler, open_reader
@@ -28,6 +32,7 @@ class DeviceManager:
     def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
         args = parse_args(raw_args)
         self._house = GpuHouse(args, run) if device == "gpu" else None
+        self._weights = self._weight_house(args, raw_args, run)
         self._board = Board.open(Path(board_path))
         self._writers: dict[int, GpuWriter] = {}
         self._reader = open_reader(int(args.monitoring.memory_reserve_gib * 2**30), logger)
@@ -37,14 +42,30 @@ class DeviceManager:
         self._thread.start()
         self._exporter = self._export(args, Path(board_path))
 
-    def engine_settings(self) -> EngineSettings:
-        """What a replica adds to its engine's arguments and environment."""
-        return self._house.settings() if self._house else EngineSettings()
+    def engine_settings(self, visible_devices: str | None = None) -> EngineSettings:
+        """What a replica, which sees `visible_devices`, adds to its engine's arguments and environment.
+
+        Where weights are shared their host is started, or started anew if it has ended; the replica waits for it.
+        """
+        if self._weights and (why := self._weights.refused()):
+            self._share_no_more(why)
+        settings = self._base_settings()
+        if self._weights is None:
+            return settings
+        visible = {} if visible_devices is None else {"CUDA_VISIBLE_DEVICES": visible_devices}
+        self._weights.ensure({**settings.environment, **visible})
+        return replace(
+            settings,
+            engine={**settings.engine, **self._weights.arguments()},
+            environment={**settings.environment, WEIGHTS_VARIABLE: "1"},
+        )
 
     def prove_client(self, pid: int) -> None:
-        """Raises MpsError unless the engine process `pid` is an MPS client."""
+        """Raises MpsError unless the engine process `pid`, and the weight host if there is one, are MPS clients."""
         if self._house:
             self._house.prove_client(pid)
+            if self._weights and (host := self._weights.status()):
+                self._house.prove_client(host.pid)
 
     def check_health(self) -> None:
         """Serve restarts the device manager when this raises."""
@@ -62,8 +83,31 @@ class DeviceManager:
         while self._writers:
             self._writers.popitem()[1].release()
         self._board.leave()
+        if self._weights:
+            self._weights.dismiss()
         if self._house:
             self._house.close()
+
+    def _base_settings(self) -> EngineSettings:
+        return self._house.settings() if self._house else EngineSettings()
+
+    def _weight_house(self, args: ServeArgs, raw_args: dict[str, Any], run: str) -> WeightHouse | None:
+        on = "gpu" if self._house else "cpu"
+        if why := why_private(args, on):
+            logger.warning("the weights are not shared: %s", why)
+            return None
+        shared = self._house.weights_shared if self._house else weights.wanted(args.weights, args.replicas, on)
+        if not shared:
+            return None
+        return WeightHouse(folder_of(run), raw_args, model_path(args), self._base_settings().engine, lifeline(run))
+
+    def _share_no_more(self, why: str) -> None:
+        logger.warning("the weights are not shared: %s; replicas that start from now on are planned for it", why)
+        assert self._weights is not None
+        self._weights.dismiss()
+        self._weights = None
+        if self._house:
+            self._house.plan_private_weights()
 
     def _export(self, args: ServeArgs, board: Path) -> Exporter | None:
         port = args.monitoring.exporter_port

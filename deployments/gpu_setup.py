@@ -10,7 +10,7 @@ from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
 
-from deployments import memory, mps
+from deployments import memory, mps, weights
 from deployments.config import ConfigError, ServeArgs
 from deployments.demo_model import ensure_demo_model, is_demo
 
@@ -64,8 +64,11 @@ def _dram_bytes_per_s(index: int = 0) -> float:
         pynvml.nvmlShutdown()
 
 
-def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
-    """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold."""
+def plan(args: ServeArgs, card: memory.Card, weights_shared: bool | None = None) -> memory.MemoryPlan:
+    """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold.
+
+    Whether the weights are counted once follows from the arguments and the model, unless `weights_shared` says so.
+    """
     path = model_path(args)
     config = _model_config(path)
     engine = {key: value for key, value in args.engine.items() if value is not None}
@@ -83,9 +86,24 @@ def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
         kv_block_tokens=int(engine.get("block_size", 16)),
         kv_cache_bytes=engine.get("kv_cache_memory_bytes"),
         reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
+        weights_shared=_shares(args, config, shape.weights_bytes) if weights_shared is None else weights_shared,
         mps=uses_mps(args),
     )
     return memory.plan_memory(card, shape, demand)
+
+
+def _shares(args: ServeArgs, config: dict[str, Any], weights_bytes: int) -> bool:
+    """`auto` shares only where that saves memory: the weight host needs some for itself."""
+    if not weights.wanted(args.weights, args.replicas, "gpu") or weights.why_private(config, args.engine):
+        return False
+    return args.weights == "shared" or memory.sharing_saves_bytes(weights_bytes, args.replicas) > 0
+
+
+def why_private(args: ServeArgs, on: str) -> str | None:
+    """Why weights that were wished to be shared are not, as far as is known before loading; None otherwise."""
+    if not weights.wanted(args.weights, args.replicas, on):
+        return None
+    return weights.why_private(_model_config(model_path(args)), args.engine)
 
 
 def _max_model_len(wanted: int, config: dict[str, Any]) -> int:
@@ -124,14 +142,16 @@ def check(args: ServeArgs, name: str) -> str:
             mps.preflight(mps.ControlProgram(), mps_paths(name), replicas=args.replicas, uid=os.getuid())
     except (memory.MemoryPlanError, mps.MpsError) as error:
         raise ConfigError(str(error)) from error
-    return table
+    why = why_private(args, "gpu")
+    return f"{table}\nthe weights are not shared: {why}" if why else table
 
 
 class GpuHouse:
     """The GPU's side of the device manager: the plan, and the MPS daemon's life from start to stop."""
 
     def __init__(self, args: ServeArgs, name: str) -> None:
-        self._plan = plan(args, this_card())
+        self._args, self._card = args, this_card()
+        self._plan = plan(args, self._card)
         self._daemon: mps.MpsDaemon | None = None
         if uses_mps(args):
             self._daemon = mps.MpsDaemon(mps.ControlProgram(), mps_paths(name))
@@ -141,6 +161,15 @@ class GpuHouse:
     def daemon(self) -> mps.MpsDaemon | None:
         """None where replicas run outside MPS."""
         return self._daemon
+
+    @property
+    def weights_shared(self) -> bool:
+        """Whether the plan counts the weights once."""
+        return self._plan.demand.weights_shared
+
+    def plan_private_weights(self) -> None:
+        """From now on the plan counts the weights in every replica. Raises MemoryPlanError when that does not fit."""
+        self._plan = plan(self._args, self._card, weights_shared=False)
 
     def settings(self) -> EngineSettings:
         demand = self._plan.demand

@@ -45,8 +45,9 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Door:
         """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
         self._tasks.append(asyncio.create_task(self._slot.beat()))
-        os.environ[ENGINE_VARIABLE] = "1"
-        settings: EngineSettings = await self._manager.engine_settings.remote()
+        os.environ[ENGINE_VARIABLE] = str(os.getpid())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        settings: EngineSettings = await self._manager.engine_settings.remote(visible)
         os.environ.update(settings.environment)
         # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
         namespace = engine.server_arguments(self._args, model_path(self._args), settings.engine)
