@@ -120,9 +120,7 @@ class RouteService:
             records = [explain.as_dict(record) for record in list(self._dispatcher.recent)]
             await _reply(send, 200, json.dumps(records).encode())
         elif scope["type"] == "http":
-            await _reply(
-                send, 404, b'{"detail":"POST /internal/route and GET /internal/decisions are served here"}'
-            )
+            await _reply(send, 404, b'{"detail":"POST /internal/route and GET /internal/decisions are served here"}')
 
     def route(self, body: bytes, hint: Hint = NO_HINT) -> Answer | asyncio.Future[Answer]:
         """Decide about one request: 200 with a replica id and a ticket, or 503 when there is no replica to name.

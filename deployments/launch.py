@@ -26,7 +26,7 @@ import psutil
 from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.readings import ReplicaState
-from deployments import device, gpu_setup, processes
+from deployments import device, gpu_setup, notices, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
 from deployments.processes import RUN_VARIABLE
@@ -209,23 +209,25 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     (run.folder / _SESSION_FILE).write_text(f"{leader.pid} {leader.start_ticks}")
     haproxy_port = None if run.plain else _port("RAY_SERVE_HAPROXY_METRICS_PORT")
     targets = Targets(run.run_id, run.board, run.folder, args.monitoring.exporter_port, haproxy_port)
-    ready = False
+    ready, why = False, ""
     try:
         while child.poll() is None and not interrupted:
             targets.update()
-            if not ready and (ready := _all_reached(run, args.replicas)):
+            if why := notices.stop_reason(run.board):
+                break
+            if not ready and (ready := _all_reached(run, args.total_replicas)):
                 _announce(run, args)
             time.sleep(_PROBE_EVERY_S)
     finally:
         targets.remove()
-    if not interrupted:
+    if not interrupted and not why:
         _say(f"`serve run` ended by itself with status {child.returncode}; its messages above say why")
         return child.returncode or 1
-    _say("stopping")
+    _say(f"stopping because {why}" if why else "stopping")
     child.send_signal(signal.SIGINT)
     if not _left_the_board(run, child):
         _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
-    return 0
+    return 1 if why else 0
 
 
 def _show(output: IO[bytes]) -> None:
@@ -294,7 +296,7 @@ def _ask(url: str, body: bytes | None) -> bool:
 def _announce(run: Run, args: ServeArgs) -> None:
     way = "Serve's own proxy" if run.plain else "HAProxy"
     _say(
-        f"ready: {args.replicas} replicas of {args.public_name} at {run.url}/v1"
+        f"ready: {args.total_replicas} replicas of {args.public_name} at {run.url}/v1"
         f" (policy {args.balancer.policy}, through {way}); Ctrl-C stops everything"
     )
 

@@ -187,6 +187,11 @@ class MemoryPlan:
         """A cap for one MPS client, its share of the reserve above its plan: a runaway meets it, neighbours do not."""
         return (self.replica_bytes + self.reserve_bytes // self.demand.replicas) // MIB * MIB
 
+    def tolerates(self, growth_ratio: float) -> bool:
+        """Whether every replica could need `growth_ratio` more than planned beside weights and KV cache."""
+        growth = int(growth_ratio * (self.engine_bytes + self.workspace_bytes)) * self.demand.replicas
+        return self.card.free_bytes - self.needed_bytes >= growth
+
     @property
     def rows(self) -> tuple[Row, ...]:
         n = self.demand.replicas

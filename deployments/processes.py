@@ -63,6 +63,21 @@ def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.P
     return of_run(run_id, session)
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` has started, and those they have; none when it has ended."""
+    try:
+        return [process.pid for process in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(owner: Owner) -> None:
+    """End this very process at once; a later one with its number is left alone."""
+    with contextlib.suppress(ProcessLookupError):
+        if owner.alive():
+            os.kill(owner.pid, signal.SIGKILL)
+
+
 def name_of(process: psutil.Process) -> str:
     """A process as a person would name it."""
     try:
