@@ -59,8 +59,11 @@ def this_card(index: int = 0) -> memory.Card:
         pynvml.nvmlShutdown()
 
 
-def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
-    """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold."""
+def plan(args: ServeArgs, card: memory.Card, mps_used: bool | None = None) -> memory.MemoryPlan:
+    """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold.
+
+    `mps_used` None: as this machine would.
+    """
     path = model_path(args)
     config = _model_config(path)
     engine = {key: value for key, value in args.engine.items() if value is not None}
@@ -78,7 +81,7 @@ def plan(args: ServeArgs, card: memory.Card) -> memory.MemoryPlan:
         kv_block_tokens=int(engine.get("block_size", 16)),
         kv_cache_bytes=engine.get("kv_cache_memory_bytes"),
         reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
-        mps=uses_mps(args),
+        mps=uses_mps(args) if mps_used is None else mps_used,
     )
     return memory.plan_memory(card, shape, demand)
 
@@ -278,7 +281,11 @@ def _model_config(path: str) -> dict[str, Any]:
         return dict(json.loads(local.read_text()))
     from transformers import AutoConfig
 
-    return dict(AutoConfig.from_pretrained(path).to_dict())
+    try:
+        return dict(AutoConfig.from_pretrained(path).to_dict())
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"the model {path} cannot be read ({why}); name a folder or a model that exists") from None
 
 
 def _checkpoint_bytes(path: str) -> int | None:

@@ -159,6 +159,16 @@ def clean_up_dead_runs() -> None:
         _remove_shared(folder.name)
 
 
+def left_of(folder: Path) -> list[str]:
+    """The processes, by name, that the run of `folder` has left."""
+    return [processes.name_of(process) for process in processes.of_run(folder.name, _session(folder))]
+
+
+def ray_ports() -> dict[str, int]:
+    """The ports beside the public one that HAProxy and Serve will bind, by the variable that sets them."""
+    return {variable: _port(variable) for variable in _RAY_PORTS}
+
+
 def _session(folder: Path) -> Owner | None:
     """The leader of the session that the run's processes are in, as the supervisor noted it."""
     try:

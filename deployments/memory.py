@@ -35,14 +35,19 @@ class Card:
         return self.total_bytes - self.used_bytes
 
 
-# What cudaMemGetInfo calls the total (a little under the name on the box), rounded down over driver versions.
+# What cudaMemGetInfo calls the total (a little under the name on the box), rounded down over driver versions: the H200
+# as measured, the others as PyTorch's out-of-memory messages name them in public issues (H100 79.11: vllm#27508).
 KNOWN_CARDS: dict[str, Card] = {
     name: Card(name, int(gib * GIB))
     for name, gib in {
+        "T4": 14.55,
         "L4": 21.95,
         "A10": 22.05,
+        "A30": 23.5,
+        "RTX 3090": 23.6,
         "RTX 4090": 23.6,
         "A100-40": 39.35,
+        "L40": 44.35,
         "L40S": 44.35,
         "H100": 79.1,
         "A100-80": 79.1,
