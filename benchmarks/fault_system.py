@@ -43,6 +43,7 @@ class Setup:
     clients: int
     prompt_tokens: int
     output_tokens: int
+    heal_s: float = 120.0
 
     @property
     def replicas(self) -> int:
@@ -69,7 +70,7 @@ def gpu_setup_of(replicas: int, graphs: bool) -> Setup:
 
 def cpu_setup_of(replicas: int) -> Setup:
     args = _args("serve_config.yaml")
-    return Setup(args | {"replicas": replicas, "served_model_name": "demo"}, False, 6, 16, 16)
+    return Setup(args | {"replicas": replicas, "served_model_name": "demo"}, False, 3, 16, 16, 300.0)
 
 
 def _args(file: str) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def break_it(system: System, part: Part, stay: Stay) -> dict[str, Any]:
     """The part's row: what clients met before, during and after, and how long until all replicas served again."""
     until(lambda: asyncio.run(system.all_answer()), 30, "whole before it is broken")
     setup, before, memory = system.setup, system.ids(), gpu_used_mib()
-    heal_s = max(10.0, min(120.0, stay.left_s - 30))
+    heal_s = max(10.0, min(setup.heal_s, stay.left_s - 30))
     errors = r"out of memory|OutOfMemory"
     oom = system.log_says(errors)
     with SteadyLoad(system.url, setup.model, setup.clients, setup.prompt_tokens, setup.output_tokens) as load:
@@ -250,7 +250,7 @@ def run(stay: Stay, make: Callable[[int], Setup], replicas: int, starts: int, na
     rows = [
         stay.row(f"start of {replicas}", 60, lambda: start_once(stay, make(replicas), breaks if parts else nothing))
     ]
-    alone = stay.row("start of 1", 75, lambda: start_once(stay, make(1), nothing))
+    alone = stay.row("start of 1", 75, lambda: start_once(stay, make(1), nothing)) if starts > 1 else {}
     for _ in range(starts - 1):
         rows.append(stay.row(f"start of {replicas}", 100, lambda: start_once(stay, make(replicas), nothing)))
     stay.row("memory after everything", 0, lambda: {"memory_mib": [memory, _settled(memory)]})

@@ -52,6 +52,10 @@ _CHATTER = re.compile(
     rb"(ServeController|HAProxyManager|ProxyActor|build_serve_application) pid=\d+.*( INFO |not ready|didn't complete)"
     rb"|won't accept connections from HAProxy|more than 30s to initialize|slow __init__"
     rb"|Triton is installed|Model Runner V2|Enforce eager set|Inductor compilation was disabled|LD_PRELOAD|NUMA binding"
+    # A replica says itself that it is lost; Serve repeats it three times with a traceback.
+    rb"|ServeController pid=\d+\)(\x1b\[0m)? (  |ray\.|.*Health check for Replica|.*failed (the )?health check)"
+    rb"|RuntimeError: (the replica|a fatal GPU|the MPS)|Replica health check failed|core_client.py:\d+\] \[shutdown"
+    rb"|async_llm.py:\d+\] ( |AsyncLLM output|Traceback|vllm.v1.engine.exceptions)"
     rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
 )
 # Serve binds HAProxy's metrics and statistics to every interface, and lets everybody scrape some replica through the

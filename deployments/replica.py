@@ -133,8 +133,9 @@ class Replica:
         self._slot.set_state(ReplicaState.FAILED)
         self._lost = why
         self._say(f"{why}; it will be replaced")
-        for process in self._engines:  # vLLM sees the death and fails what the engine was doing
-            processes.kill(process)
+        if self._permission.settings.mps or not planned:
+            for process in self._engines:  # vLLM sees the death and fails what the engine was doing
+                processes.kill(process)
         await self._manager.ended.remote(self._id, planned)
 
     async def _retire(self) -> None:
