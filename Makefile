@@ -1,15 +1,18 @@
-# make serve | test | lint | simulate | bench-data-plane | setup | clean
+# make serve | monitoring | test | lint | simulate | bench-data-plane | setup | clean
 CONFIG ?= serve_config.yaml
 FLAGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup serve test lint simulate bench-data-plane clean
+.PHONY: setup serve monitoring test lint simulate bench-data-plane clean
 
 setup:
 	@scripts/setup.sh
 
 serve: setup
 	@exec .venv/bin/splitwiser serve $(CONFIG) $(FLAGS)
+
+monitoring: setup
+	@exec .venv/bin/python -m monitoring.local_prometheus $(FLAGS)
 
 test: setup
 	.venv/bin/python -m pytest $(PYTEST_ARGS)

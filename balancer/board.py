@@ -37,11 +37,13 @@ _RECORD = struct.Struct("@QIIQd")  # sequence, CRC of the payload, owner's PID, 
 _SEQUENCE = struct.Struct("@Q")
 _AFTER_SEQUENCE = struct.Struct("@IIQd")
 _GPU = struct.Struct("@ii9d")
-_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}QQ")
+_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}QQQQQ")
+# Numbers between a slot's tokens in flight and what it received by router row.
+_BEFORE_ROWS = 13
 _ROW = struct.Struct("@" + "IQ" * REPLICA_SLOTS)
 
 _MAGIC = b"SPLTWSR1"
-_LAYOUT_VERSION = 2
+_LAYOUT_VERSION = 3
 _HEADER_BYTES = 4096
 _GPU_STRIDE = 256
 _SLOT_STRIDE = 512
@@ -332,6 +334,9 @@ class SlotFields:
     finished_total: int = 0
     gpu_memory_bytes: int = 0
     kv_tokens_peak: int = 0
+    predicted_tokens_total: int = 0
+    answered_tokens_total: int = 0
+    estimate_error_tokens_total: int = 0
 
 
 class SlotWriter:
@@ -352,6 +357,7 @@ class SlotWriter:
                 f.waiting_requests, f.kv_blocks_used, f.kv_blocks_total, f.kv_block_tokens, f.max_running_requests,
                 f.step_time_s, f.prompt_tokens_total, f.output_tokens_total, f.preemptions_total, f.received_total,
                 f.finished_total, f.gpu_memory_bytes, *self.received_by_router, f.kv_tokens_peak,
+                f.predicted_tokens_total, f.answered_tokens_total, f.estimate_error_tokens_total,
             ),
             now_s,
         )  # fmt: skip
@@ -461,8 +467,8 @@ def _read(memory: mmap.mmap, at: int, size: int) -> tuple[int, float, bytes]:
 
 def _decode_slot(slot: int, written_at_s: float, payload: bytes, way_requests: int, way_tokens: int) -> ReplicaReading:
     name, gpu, state, in_flight, in_flight_tokens, *rest = _SLOT.unpack(payload)
-    *rest, kv_tokens_peak = rest
-    others = (*rest[:-ROUTER_ROWS], tuple(rest[-ROUTER_ROWS:]), kv_tokens_peak)
+    rows = slice(_BEFORE_ROWS, _BEFORE_ROWS + ROUTER_ROWS)
+    others = (*rest[: rows.start], tuple(rest[rows]), *rest[rows.stop :])
     return ReplicaReading(
         slot, name.rstrip(b"\0").decode(), gpu, ReplicaState(state), written_at_s,
         in_flight, in_flight_tokens, way_requests, way_tokens, *others,

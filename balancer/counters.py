@@ -56,9 +56,6 @@ _SECTIONS = {
     "decision_ns": 1,
     "wait_buckets": len(WAIT_BOUNDS_S) + 1,
     "wait_ns": 1,
-    "predicted_tokens": 1,
-    "actual_tokens": 1,
-    "error_tokens": 1,
     "retries": 1,
     "lost": 1,
     "cancelled": 1,
@@ -148,12 +145,6 @@ class RouterCounters:
         """A waiting request's client went away."""
         self._words[_AT["cancelled"]] += 1
 
-    def count_estimate(self, predicted_tokens: int, actual_tokens: int) -> None:
-        """What was predicted for one request, or for several together, and what it came to."""
-        self._words[_AT["predicted_tokens"]] += predicted_tokens
-        self._words[_AT["actual_tokens"]] += actual_tokens
-        self._words[_AT["error_tokens"]] += abs(predicted_tokens - actual_tokens)
-
     def observe_wait(self, seconds: float) -> None:
         """A request left the queue, decided or not, after `seconds` in it."""
         self._observe("wait_buckets", "wait_ns", WAIT_BOUNDS_S, seconds)
@@ -219,9 +210,6 @@ class RouterTotals:
     ejections: tuple[int, ...]
     decision: Observed
     wait: Observed
-    predicted_tokens: int
-    actual_tokens: int
-    error_tokens: int
     retries: int
     lost: int
     cancelled: int
@@ -312,9 +300,6 @@ def _totals(records: Sequence[_Read]) -> RouterTotals:
         ejections=sums["ejections"],
         decision=Observed(DECISION_BOUNDS_S, sums["decision_buckets"], sums["decision_ns"][0] / 1e9),
         wait=Observed(WAIT_BOUNDS_S, sums["wait_buckets"], sums["wait_ns"][0] / 1e9),
-        predicted_tokens=sums["predicted_tokens"][0],
-        actual_tokens=sums["actual_tokens"][0],
-        error_tokens=sums["error_tokens"][0],
         retries=sums["retries"][0],
         lost=sums["lost"][0],
         cancelled=sums["cancelled"][0],

@@ -66,6 +66,8 @@ class ReplicaReading:
     expected output), summed. Counters named `*_total` only grow during one life of the replica.
     `kv_tokens_peak` is the most KV tokens that the requests in flight are expected to hold at any one time
     (`balancer.kv_peak`, at most a heartbeat old, plus all of what was accepted since); 0 where it is not known.
+    The three last count answers whose end vLLM reported: the output tokens that were predicted for them, those that
+    they had, and the sum of the differences without their signs.
     `received_by_router[row]` counts the requests that came from the router holding that row of the board.
     """
 
@@ -93,6 +95,9 @@ class ReplicaReading:
     gpu_memory_bytes: int = 0
     received_by_router: tuple[int, ...] = ()
     kv_tokens_peak: int = 0
+    predicted_tokens_total: int = 0
+    answered_tokens_total: int = 0
+    estimate_error_tokens_total: int = 0
 
     @property
     def assigned_requests(self) -> int:

@@ -21,12 +21,13 @@ import yaml
 
 from balancer.board import Board, Owner, board_path
 from balancer.readings import ReplicaReading, ReplicaState
-from benchmarks.gpu_http import ENGINE, KV_BYTES, OPT_125M
+from benchmarks import shapes
+from benchmarks.gpu_http import ENGINE
 from benchmarks.serving import free_port
 from deployments import launch, mps, processes
-from deployments.demo_model import ensure_demo_model
 
 MIB = 1 << 20
+_KV_BYTES = 8_000_000_000
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,13 +59,13 @@ class Setup:
         return int(self.args["engine"]["max_model_len"])
 
 
-def gpu_setup_of(replicas: int, graphs: bool) -> Setup:
+def gpu_setup_of(replicas: int, graphs: bool, folder: Path) -> Setup:
     """OPT-125m's shape. Without CUDA graphs a start is shorter, and faults are the same."""
-    engine = {**ENGINE, "kv_cache_memory_bytes": KV_BYTES // 4}
+    engine = {**ENGINE, "kv_cache_memory_bytes": _KV_BYTES}
     if not graphs:
         engine = {**engine, "enforce_eager": True}
         del engine["compilation_config"]
-    args = _args("serve_gpu.yaml") | {"model": str(ensure_demo_model(spec=OPT_125M)), "served_model_name": "opt"}
+    args = _args("serve_gpu.yaml") | {"model": str(shapes.make_folder("opt-125m", folder)), "served_model_name": "opt"}
     return Setup(args | {"replicas": replicas, "mps": "on", "engine": engine}, True, 48, 256, 128)
 
 

@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
     stay = Stay(options.out, options.logs, options.seconds)
-    make = cpu_setup_of if options.cpu else lambda replicas: gpu_setup_of(replicas, options.graphs)
+    make = cpu_setup_of if options.cpu else lambda replicas: gpu_setup_of(replicas, options.graphs, options.logs)
     run(stay, make, options.replicas or (2 if options.cpu else 4), options.starts, options.parts)
     return 0
 

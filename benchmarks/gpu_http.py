@@ -1,44 +1,44 @@
-"""Systems side by side on one GPU, through HTTP: one `vllm serve`, and splitwiser-serve with 1 and 4 replicas.
+"""Servers side by side on one GPU, through HTTP: plain vLLM in four ways, Ray Serve LLM, and splitwiser-serve.
 
-`python -m benchmarks.gpu_http --out rows.jsonl --seconds 500` makes a model of OPT-125m's shape with random weights,
-starts each system in turn with the same engine arguments and the same KV bytes in all, sends closed loops of 1024
-tokens in and 1024 out, and writes one JSON line for each system and load, with what was started.
+`python -m benchmarks.gpu_http --shape opt-125m --out rows.jsonl --logs FOLDER --seconds 500` starts each system in turn
+with the same engine arguments and the same KV bytes in all, sends closed loops, and writes one JSON line for each
+system and load as it goes. splitwiser-serve changes its policy between rounds without a restart, as `splitwiser apply`
+does. What the time does not allow is written as skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import datetime
+import functools
 import importlib.metadata
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pynvml
 import yaml
 
+from balancer.board import board_path
 from balancer.readings import GpuReading
+from benchmarks import latency, rivals, shapes
 from benchmarks.load import Load, run, summary
-from deployments.demo_model import DemoSpec, ensure_demo_model
+from benchmarks.rivals import Server, Setup
+from deployments import live
 from monitoring.sampler import NvmlReader, Sampler
 
-OPT_125M = DemoSpec(hidden_size=768, layers=12, heads=12, ffn_size=3072, padded_vocab_size=50272)
-KV_BYTES = 32_000_000_000
-PORT = 8000
 SIZES = [1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384]
 ENGINE: dict[str, Any] = {
+    "load_format": "dummy",
     "max_model_len": 2048,
     "max_num_seqs": 384,
     "max_num_batched_tokens": 8192,
@@ -46,73 +46,151 @@ ENGINE: dict[str, Any] = {
     "enable_prefix_caching": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": SIZES},
 }
+CLIENT_PROCESSES = 8
+STARTS: dict[str, Callable[[Setup], contextlib.AbstractContextManager[Server]]] = {
+    "vllm": rivals.vllm_serve,
+    "vllm-api4": functools.partial(rivals.vllm_serve, api_servers=4),
+    "haproxy": functools.partial(rivals.haproxy, replicas=4, with_mps=False),
+    "haproxy-mps": functools.partial(rivals.haproxy, replicas=4, with_mps=True),
+    "ray-llm": functools.partial(rivals.ray_llm, replicas=4),
+    "splitwiser": functools.partial(rivals.splitwiser, replicas=4, uses_mps="on", balancer={"policy": "gpu_aware"}),
+}
+# Under which the same splitwiser-serve answers, one after the other.
+BALANCERS: dict[str, dict[str, Any]] = {
+    "gpu_aware": {"policy": "gpu_aware"},
+    "round_robin": {"policy": "round_robin"},
+    "pinned-1": {"policy": "gpu_aware", "active_set": 1},
+    "pinned-2": {"policy": "gpu_aware", "active_set": 2},
+}
 
 
 @dataclass(frozen=True, slots=True)
-class System:
-    """One rival: how many engines, how they are started, with or without MPS."""
+class Shape:
+    """What is asked of a model: tokens in and out, concurrent requests, KV bytes over all replicas."""
 
-    name: str
-    replicas: int
-    mps: str = "off"
-    policy: str = ""
-    engine: dict[str, Any] = field(default_factory=dict)
+    prompt_tokens: int
+    output_tokens: int
+    concurrency: tuple[int, ...]
+    streamed: tuple[int, ...]
+    kv_bytes: int
 
 
-SYSTEMS = (
-    System("splitwiser", 4, "on", "gpu_aware"),
-    System("vllm serve", 1),
-    System("splitwiser", 4, "on", "round_robin"),
-    System("splitwiser", 1, "off", "gpu_aware"),
-    System("splitwiser", 4, "off", "gpu_aware"),
-)
+SHAPES = {
+    "opt-125m": Shape(1024, 1024, (40, 160, 320), (160, 320), 32_000_000_000),
+    "qwen2.5-0.5b": Shape(512, 256, (64, 256), (256,), 16_000_000_000),
+    "llama-3-8b": Shape(512, 256, (64, 256), (), 48_000_000_000),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_http", description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="opt-125m")
+    parser.add_argument("--systems", nargs="+", choices=sorted(STARTS), default=list(STARTS))
+    parser.add_argument("--balancers", nargs="+", choices=sorted(BALANCERS), default=list(BALANCERS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--logs", type=Path, default=Path("/tmp/gpu_http"))
+    parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500.0)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[40, 160, 320])
-    parser.add_argument("--tokens", type=int, default=1024, help="in and out")
-    parser.add_argument("--systems", type=int, nargs="+", default=list(range(len(SYSTEMS))))
+    parser.add_argument("--rounds", type=int, default=2, help="requests of each client of a closed loop")
+    parser.add_argument("--record", type=Path, help="record the board for 60 s under gpu_aware into this file")
     options = parser.parse_args(arguments)
     options.logs.mkdir(parents=True, exist_ok=True)
     deadline_s = time.monotonic() + options.seconds
-    model = str(ensure_demo_model(spec=OPT_125M))
-    for system in [SYSTEMS[k] for k in options.systems]:
+    model = shapes.make_folder(options.shape, options.logs)
+    setup = Setup(str(model), ENGINE, SHAPES[options.shape].kv_bytes, options.logs, deadline_s)
+    for name in options.systems:
         try:
-            measure(system, model, options, deadline_s)
+            measure(name, setup, options)
         except (RuntimeError, TimeoutError, OSError) as error:
-            _write(options.out, {"system": asdict(system), "failure": str(error)})
+            _write(options.out, {"system": name, "shape": options.shape, "failure": str(error), "logs": _ends(options)})
     return 0
 
 
-def measure(system: System, model: str, options: argparse.Namespace, deadline_s: float) -> None:
+def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
     """Start the system, send every load that the deadline leaves time for, stop it."""
-    log = options.logs / f"{system.name.replace(' ', '_')}-{system.replicas}-{system.mps}-{system.policy}.log"
     began_s = time.monotonic()
-    with _running(system, model, log, options.logs) as ready:
-        ready(deadline_s)
-        start_s = round(time.monotonic() - began_s, 1)
-        run(Load(f"http://127.0.0.1:{PORT}", "opt", 32, 64, 64, 16, stream=False), 2)
-        for concurrency in options.concurrency:
-            for stream in (False, True) if concurrency == 160 else (False,):
-                if time.monotonic() > deadline_s - 30:
-                    return
-                row = _load(concurrency, options.tokens, stream)
-                _write(options.out, {"system": asdict(system), "start_s": start_s, **row, **_provenance()})
+    with STARTS[name](setup) as server:
+        start = {"system": name, "shape": options.shape, "start_s": round(time.monotonic() - began_s, 1)}
+        run(_load(server, SHAPES[options.shape], 32, 64, stream=False, tokens=(64, 16)), 2)
+        for balancer in options.balancers if server.folder else [None]:
+            if balancer:
+                _apply(server, balancer)
+            with _recording(server, options.record if balancer == "gpu_aware" else None):
+                _loads(server, {**start, "balancer": balancer}, setup, options)
+            if balancer == "gpu_aware":
+                _latency(server, start, options)
 
 
-def _load(concurrency: int, tokens: int, stream: bool) -> dict[str, Any]:
-    load = Load(f"http://127.0.0.1:{PORT}", "opt", concurrency, 2 * concurrency, tokens, tokens, stream, seed=7)
-    with _gpu_readings() as readings:
-        answers = run(load, processes=8)
-    return {**asdict(load), "processes": 8, **summary(answers), **_gpu_means(readings)}
+def _loads(server: Server, row: dict[str, Any], setup: Setup, options: argparse.Namespace) -> None:
+    shape = SHAPES[options.shape]
+    for concurrency, stream in [(c, False) for c in shape.concurrency] + [(c, True) for c in shape.streamed]:
+        if time.monotonic() > setup.deadline_s - 25:
+            _write(options.out, {**row, "concurrency": concurrency, "stream": stream, "skipped": "no time left"})
+            continue
+        load = _load(server, shape, concurrency, options.rounds * concurrency, stream)
+        with gpu_readings() as readings:
+            answers = run(load, processes=CLIENT_PROCESSES)
+        _write(options.out, {**row, **asdict(load), **summary(answers), **gpu_means(readings), **provenance()})
 
 
-@contextmanager
-def _gpu_readings() -> Iterator[list[GpuReading]]:
+def _load(
+    server: Server, shape: Shape, concurrency: int, requests: int, stream: bool, tokens: tuple[int, int] | None = None
+) -> Load:
+    prompt, output = tokens or (shape.prompt_tokens, shape.output_tokens)
+    return Load(server.url, rivals.SERVED_NAME, concurrency, requests, prompt, output, stream, seed=7)
+
+
+def _latency(server: Server, row: dict[str, Any], options: argparse.Namespace) -> None:
+    """What the way through the router adds, with half of the middle load going on."""
+    shape = SHAPES[options.shape]
+    half = shape.concurrency[1] // 2
+    load = _load(server, shape, half, 3 * half, stream=False)
+    background = threading.Thread(target=run, args=(load, CLIENT_PROCESSES))
+    background.start()
+    time.sleep(3.0)
+    assert server.folder is not None
+    added = latency.added(server.url, latency.direct_urls(server.folder), rivals.SERVED_NAME, background.is_alive)
+    background.join()
+    _write(options.out, {**row, "figure": "added_latency", "background": half, **added, **provenance()})
+
+
+def _apply(server: Server, balancer: str) -> None:
+    assert server.folder is not None
+    document = copy.deepcopy(yaml.safe_load((server.folder / live.STARTED_WITH).read_text()))
+    document["applications"][0]["args"]["balancer"] = BALANCERS[balancer]
+    path = server.folder / f"{balancer}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    subprocess.run(
+        [sys.executable, "-m", "deployments.cli", "apply", "--run", server.folder.name, str(path)], check=True
+    )
+
+
+@contextlib.contextmanager
+def _recording(server: Server, path: Path | None) -> Iterator[None]:
+    """Keeps what stood on the board and what the exporter said, for a minute, beside the load."""
+    if path is None or server.folder is None:
+        yield
+        return
+    board, exporter = board_path(server.folder.name), _exporter_url(server.folder)
+    words = ["--board", str(board), "--seconds", "60", "--hz", "20", "--metrics", exporter, "--out", str(path)]
+    with path.with_suffix(".log").open("w") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.record", *words], stdout=output, stderr=subprocess.STDOUT
+        )
+    yield
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(45)
+    child.terminate()
+
+
+def _exporter_url(folder: Path) -> str:
+    document = yaml.safe_load((folder / live.STARTED_WITH).read_text())
+    port = document["applications"][0]["args"]["monitoring"]["exporter_port"]
+    return f"http://127.0.0.1:{port}/metrics"
+
+
+@contextlib.contextmanager
+def gpu_readings() -> Iterator[list[GpuReading]]:
+    """The readings of the (first visible) GPU while the block runs."""
     readings: list[GpuReading] = []
     reader = NvmlReader(pynvml, None, 0)
     stop = threading.Event()
@@ -126,7 +204,9 @@ def _gpu_readings() -> Iterator[list[GpuReading]]:
         reader.close()
 
 
-def _gpu_means(readings: list[GpuReading]) -> dict[str, Any]:
+def gpu_means(readings: list[GpuReading]) -> dict[str, Any]:
+    """Means over the readings; a ratio that the GPU does not tell is None."""
+
     def mean(name: str) -> float | None:
         values = [value for r in readings if (value := getattr(r, name)) is not None]
         return round(statistics.mean(values), 3) if values else None
@@ -136,60 +216,12 @@ def _gpu_means(readings: list[GpuReading]) -> dict[str, Any]:
     return {**{name: mean(name) for name in names}, "memory_used_bytes": used, "readings": len(readings)}
 
 
-@contextmanager
-def _running(system: System, model: str, log: Path, folder: Path) -> Iterator[Any]:
-    command = _vllm_command(system, model) if system.name == "vllm serve" else _our_command(system, model, folder)
-    with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-
-        def ready(deadline_s: float) -> None:
-            while not _is_ready(system, log):
-                if child.poll() is not None or time.monotonic() > deadline_s - 60:
-                    raise RuntimeError(f"not ready: ...{log.read_text()[-1500:]}")
-                time.sleep(0.5)
-
-        try:
-            yield ready
-        finally:
-            child.send_signal(signal.SIGINT)
-            try:
-                child.wait(25)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-            time.sleep(2)
+def _ends(options: argparse.Namespace) -> dict[str, str]:
+    logs = sorted(options.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)[-2:]
+    return {path.name: path.read_text(errors="replace")[-1500:] for path in logs}
 
 
-def _vllm_command(system: System, model: str) -> list[str]:
-    from deployments.engine import command_line
-
-    engine = {**ENGINE, "kv_cache_memory_bytes": KV_BYTES, "gpu_memory_utilization": 0.05}
-    words = ["serve", model, "--served-model-name", "opt", "--port", str(PORT), "--host", "127.0.0.1"]
-    start = "from vllm.entrypoints.cli.main import main; main()"
-    return [sys.executable, "-c", start, *words, "--disable-uvicorn-access-log", *command_line(engine)]
-
-
-def _our_command(system: System, model: str, folder: Path) -> list[str]:
-    document = yaml.safe_load((Path(__file__).parent.parent / "serve_gpu.yaml").read_text())
-    args = document["applications"][0]["args"]
-    args |= {"model": model, "served_model_name": "opt", "replicas": system.replicas, "mps": system.mps}
-    args["engine"] = {**ENGINE, "kv_cache_memory_bytes": KV_BYTES // system.replicas}
-    args["balancer"] = {"policy": system.policy}
-    path = folder / f"serve-{system.replicas}-{system.mps}-{system.policy}.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return [sys.executable, "-m", "deployments.cli", "serve", str(path)]
-
-
-def _is_ready(system: System, log: Path) -> bool:
-    if system.name != "vllm serve":
-        return "splitwiser: ready" in log.read_text()
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _provenance() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("vllm", "ray", "torch")}
     return {**versions, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 

@@ -16,7 +16,7 @@ from balancer.board import board_path
 from balancer.knobs import Knobs
 from balancer.route_service import RouteService
 from deployments import device, gpu_setup
-from deployments.config import ServeArgs, parse_args
+from deployments.config import ServeArgs, live_knobs, parse_args
 from deployments.device_manager import DeviceManager
 from deployments.processes import RUN_VARIABLE
 from deployments.replica import Replica
@@ -127,7 +127,12 @@ class Router:
     """The route service as a Serve deployment, one per proxy node."""
 
     def __init__(self, board: str, knobs: dict[str, Any]) -> None:
+        self._knobs = knobs
         self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket())
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's live change: the keys of `balancer:`, each that is left out as it was at the start."""
+        self._service.reconfigure(live_knobs(self._knobs, user_config))
 
     async def __serve_build_asgi_app__(self) -> RouteService:
         await self._service.start()

@@ -43,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     restart = commands.add_parser("restart", help="drain and replace one replica of the run that is going on")
     restart.add_argument("slot", type=int, help="its slot, as `splitwiser top` shows it")
     restart.set_defaults(command=_restart)
+    change = commands.add_parser("apply", help="bring FILE's `balancer` section into force in the run that is going on")
+    _file(change)
+    change.add_argument(
+        "--run", metavar="NAME", help="a run's folder name, where several go on (default: the youngest)"
+    )
+    change.set_defaults(command=_apply)
+    decisions = commands.add_parser("decisions", help="the router's last decisions and what they were made from")
+    decisions.set_defaults(command=_decisions)
     for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
         watch = commands.add_parser(name, help=f"{text} of the run that is going on")
         watch.set_defaults(command=command)
@@ -80,30 +88,60 @@ def _doctor(options: argparse.Namespace) -> int:
 def _restart(options: argparse.Namespace) -> int:
     from deployments.restart_command import restart
 
-    return restart(_newest_board(), options.slot)
+    return restart(newest_board(), options.slot)
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from deployments import live
+
+    folder = _newest_run(options.run)
+    live.deploy(live.changed_document(options.file, folder), folder)
+    print(f"the balancer of {options.file} is in force")
+    return 0
+
+
+def _decisions(options: argparse.Namespace) -> int:
+    from deployments.live import decisions
+
+    for decision in decisions(_newest_run()):
+        print(json.dumps(decision))
+    return 0
 
 
 def _top(options: argparse.Namespace) -> int:
     from monitoring.top import top
 
-    top(_newest_board(), interval_s=1.0)
+    top(newest_board(), interval_s=1.0)
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
     from monitoring.top import status
 
-    print(json.dumps(status(_newest_board()), indent=2))
+    print(json.dumps(status(newest_board()), indent=2))
     return 0
 
 
-def _newest_board() -> Path:
+def newest_board() -> Path:
     """The board of the youngest run of this user, or of a bare `serve run`."""
+    return board_path(_newest_run().name if _living() else "default")
+
+
+def _newest_run(name: str | None = None) -> Path:
+    """The folder of the run `name`, or of the youngest of this user. Raises ConfigError when there is none."""
+    folders = _living()
+    found = max((f for f in folders if name in (None, f.name)), key=lambda folder: folder.stat().st_mtime, default=None)
+    if found is None:
+        going_on = ", ".join(sorted(f.name for f in folders)) or "none"
+        raise ConfigError(f"no such run goes on (going on: {going_on}); start one with `splitwiser serve FILE`")
+    return found
+
+
+def _living() -> list[Path]:
     from deployments.launch import runs_folder
     from deployments.processes import run_alive
 
-    living = [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
-    return board_path(max(living, key=lambda folder: folder.stat().st_mtime).name if living else "default")
+    return [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
 
 
 if __name__ == "__main__":

@@ -225,6 +225,13 @@ def parse_args(raw: dict[str, Any]) -> ServeArgs:
     return args.model_copy(update={"engine": {**args.engine, **numbers}})
 
 
+def live_knobs(at_start: dict[str, Any], changed: dict[str, Any]) -> Knobs:
+    """The knobs that a router started with, with the changed ones. Raises ConfigError: the old ones stay in force."""
+    balancer = _validated(BalancerConfig, {**at_start, **changed}, "balancer")
+    _check_knobs(balancer)
+    return balancer.knobs()
+
+
 def load(path: Path) -> tuple[ServeArgs, dict[str, Any]]:
     """Read and check a Serve configuration file: its one application's arguments, and the whole document.
 

@@ -16,8 +16,10 @@ from balancer.readings import GpuReading
 from deployments import cores, mps, notices, processes
 from deployments.config import ServeArgs, parse_args
 from deployments.gpu_setup import EngineSettings, GpuHouse
+from deployments.mps_watch import MpsWatch
 from deployments.places import Places, RestartPolicy
 from monitoring.exporter import Exporter
+from monitoring.exposition import MpsView
 from monitoring.sampler import Sampler, open_reader
 
 logger = logging.getLogger("ray.serve")
@@ -138,7 +140,10 @@ class DeviceManager:
         port = args.monitoring.exporter_port
         if port is None:
             return None
-        exporter = Exporter(board, args.total_replicas, slots=min(REPLICA_SLOTS, 2 * args.total_replicas))
+        keeper = self._house.keeper if self._house else None
+        view = MpsWatch(keeper, self._reader.mps_client_pids).view if keeper else MpsView
+        slots = min(REPLICA_SLOTS, 2 * args.total_replicas)
+        exporter = Exporter(board, args.total_replicas, slots=slots, mps=view)
         exporter.start(port)
         return exporter
 

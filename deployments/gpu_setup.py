@@ -175,6 +175,11 @@ class GpuHouse:
             self._keeper = MpsKeeper(lambda: _daemon(name), self.losses, self.gpus, engines, log)
             self._check_numbers(args.mps_limits.thread_percentage)
 
+    @property
+    def keeper(self) -> MpsKeeper | None:
+        """None where replicas run outside MPS."""
+        return self._keeper
+
     def settings(self, gpu: int) -> EngineSettings:
         """What a replica on `gpu` adds to its engine's arguments and environment."""
         demand = self._plan.demand

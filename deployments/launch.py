@@ -26,7 +26,7 @@ import psutil
 from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.readings import ReplicaState
-from deployments import device, gpu_setup, notices, processes
+from deployments import device, gpu_setup, live, notices, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
 from deployments.processes import RUN_VARIABLE
@@ -213,6 +213,7 @@ def _holder(port: int) -> str:
 
 def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[int]) -> int:
     _write_haproxy(run.folder / "haproxy")
+    live.note_start(config_path, run.folder)
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config_path)]
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
     child = subprocess.Popen(

@@ -78,7 +78,15 @@ class Door:
         elif self._closed:
             await _answer(send, *_error(503, "replica_lost", f"{self._closed}; try again", _LOST_RETRY_S))
         else:
-            await self._app(scope, receive, send)
+            await self._hand_on(ticket, scope, receive, send)
+
+    async def _hand_on(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+        """To vLLM, which leaves the usage of a whole answer in the request's state "to report to middleware"."""
+        state: dict[str, Any] = {**scope.get("state", {})}
+        await self._app({**scope, "state": state}, receive, send)
+        tokens = _output_tokens(state)
+        if ticket.output_tokens and tokens:
+            self._slot.answered(ticket, tokens)
 
     def _ticket(self, scope: Scope) -> Ticket | None:
         text = _header(scope, _HEADER)
@@ -100,6 +108,12 @@ class Door:
             await send(message)
 
         return signed
+
+
+def _output_tokens(state: dict[str, Any]) -> int:
+    """The tokens of all sequences of an answer; 0 where none came to its end, or its kind of answer reports none."""
+    usage = getattr(state.get("request_metadata"), "final_usage_info", None)
+    return (usage.completion_tokens or 0) if usage else 0
 
 
 def _header(scope: Scope, wanted: bytes) -> bytes | None:

@@ -37,7 +37,8 @@ class MpsKeeper:
     """Owns a node's MPS daemon. `engines` names the engine processes on these GPUs, starting ones included.
 
     `look` is called by one thread, twice a second, and returns when what it found is healed; it reads /proc and two
-    log files and asks the daemon nothing while all is well. `healing` and `given_up` may be read by any thread.
+    log files and asks the daemon nothing while all is well. `healing`, `given_up` and `faults` (fatal ones, counted)
+    may be read by any thread.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MpsKeeper:
         self._servers: tuple[mps.ProcessIdentity, ...] = ()
         self.healing = False
         self.given_up = ""
+        self.faults = 0
         self.daemon = make()
         self.daemon.start()
 
@@ -96,6 +98,7 @@ class MpsKeeper:
         fault = self.daemon.recent_fault()
         if fault is None:
             return None
+        self.faults += 1
         culprit = f" in process {fault.culprit_pids[0]}" if fault.culprit_pids else ""
         what = "the MPS server has died" if fault.server_died else f"a fatal GPU error{culprit}"
         return Trouble(f"{what} (logged at {fault.at})", fault.devices)

@@ -21,6 +21,7 @@ from balancer.readings import ReplicaState
 from deployments import cores, engine, notices, processes, start_order
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager, Permission
+from deployments.engine_memory import weigh
 from deployments.gpu_setup import EngineSettings, model_path
 from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
@@ -63,6 +64,7 @@ class Replica:
         namespace = engine.server_arguments(self._args, model_path(self._args), settings.engine)
         async with self._turn(settings):
             await self._start_engine(namespace, settings)
+        self._tasks.append(asyncio.create_task(weigh(self._slot, engine.process_ids(self._engine))))
         app = await engine.build_openai_app(self._engine, namespace)
         policy = self._args.balancer.policy
         self._door = Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)

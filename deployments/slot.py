@@ -71,6 +71,12 @@ class Slot:
         self.fields.in_flight_tokens -= ticket.tokens
         self.publish()
 
+    def answered(self, ticket: Ticket, output_tokens: int) -> None:
+        """An answer came to its end with these tokens; the next publication tells how well that was predicted."""
+        self.fields.predicted_tokens_total += ticket.output_tokens
+        self.fields.answered_tokens_total += output_tokens
+        self.fields.estimate_error_tokens_total += abs(ticket.output_tokens - output_tokens)
+
     def engine_ready(self, blocks: int, block_tokens: int, max_running_requests: int) -> None:
         """What the engine found room for."""
         self.fields.kv_blocks_total = blocks

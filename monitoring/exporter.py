@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +25,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Exporter:
     """Serves one node's metrics on `/metrics`, and with them what others register on `registry`.
 
-    `mps` and `memory` (bytes held by slot) are asked at every scrape, so they must answer at once, from what is known.
+    `mps` is asked at every scrape, so it must answer at once, from what is known.
     `slots` is how many slots are shown even when empty: the replicas configured, and room for their successors.
     """
 
@@ -37,7 +37,6 @@ class Exporter:
         slots: int = REPLICA_SLOTS,
         gpus: tuple[int, ...] = (0,),
         mps: Callable[[], MpsView] = MpsView,
-        memory: Callable[[], Mapping[int, int]] = dict,
         clock: Callable[[], float] = time.monotonic,
         registry: CollectorRegistry | None = None,
     ) -> None:
@@ -47,7 +46,6 @@ class Exporter:
         self._slots = tuple(range(slots))
         self._gpus = gpus
         self._mps = mps
-        self._memory = memory
         self._clock = clock
         self._board: Board | None = None
         self._last: dict[int, ReplicaReading] = {}
@@ -69,7 +67,6 @@ class Exporter:
                 snapshot is not None,
                 self._slots,
                 self._gpus,
-                self._memory(),
             )
 
     def scrape(self) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate, repeat
 from operator import attrgetter
@@ -39,10 +39,7 @@ class MpsView:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """Everything that one scrape shows. `slots` and `gpus` are always shown, occupied or not.
-
-    `memory` has the bytes of device memory held by slot, where they are known better than from the board.
-    """
+    """Everything that one scrape shows. `slots` and `gpus` are always shown, occupied or not."""
 
     snapshot: Snapshot
     totals: RouterTotals
@@ -52,7 +49,6 @@ class NodeView:
     board_up: bool = True
     slots: tuple[int, ...] = tuple(range(REPLICA_SLOTS))
     gpus: tuple[int, ...] = (0,)
-    memory: Mapping[int, int] = field(default_factory=dict)
 
 
 @cache
@@ -138,12 +134,16 @@ _REPLICA_VALUES: tuple[tuple[m.Metric, Callable[[ReplicaReading], float]], ...] 
     (m.REPLICA_BATCH, attrgetter("max_running_requests")),
     (m.REPLICA_KV_USED, lambda r: r.kv_blocks_used * r.kv_block_tokens),
     (m.REPLICA_KV_SIZE, attrgetter("kv_tokens_total")),
+    (m.REPLICA_MEMORY, attrgetter("gpu_memory_bytes")),
     (m.REPLICA_STEP, attrgetter("step_time_s")),
     (m.REPLICA_PROMPT_TOKENS, attrgetter("prompt_tokens_total")),
     (m.REPLICA_OUTPUT_TOKENS, attrgetter("output_tokens_total")),
     (m.REPLICA_PREEMPTIONS, attrgetter("preemptions_total")),
     (m.REPLICA_RECEIVED, attrgetter("received_total")),
     (m.REPLICA_FINISHED, attrgetter("finished_total")),
+    (m.REPLICA_PREDICTED, attrgetter("predicted_tokens_total")),
+    (m.REPLICA_ANSWERED, attrgetter("answered_tokens_total")),
+    (m.REPLICA_ERROR, attrgetter("estimate_error_tokens_total")),
 )
 
 
@@ -160,8 +160,6 @@ def _replicas(view: NodeView) -> Iterator[Family]:
         yield metric, names, [value(r) if r else 0 for r in replicas]
     yield m.REPLICA_AGE, names, [view.snapshot.now_s - r.written_at_s if r else math.nan for r in replicas]
     yield m.REPLICA_ACTIVE, names, [slot in view.totals.active and slot in by_slot for slot in slots]
-    held = [view.memory.get(slot, r.gpu_memory_bytes if r else 0) for slot, r in zip(slots, replicas, strict=True)]
-    yield m.REPLICA_MEMORY, names, held
     lives = [view.lives.get(slot, NO_LIFE) for slot in slots]
     yield m.REPLICA_STARTS, names, [life.starts for life in lives]
     yield m.REPLICA_LOAD, names, [life.load_s for life in lives]
@@ -183,9 +181,6 @@ def _routers(totals: RouterTotals, shown: Iterable[int]) -> Iterator[Family]:
         (m.RETRIED, totals.retries),
         (m.LOST, totals.lost),
         (m.CANCELLED, totals.cancelled),
-        (m.PREDICTED, totals.predicted_tokens),
-        (m.ACTUAL, totals.actual_tokens),
-        (m.ESTIMATE_ERROR, totals.error_tokens),
     )
     for metric, value in single:
         yield metric, _NO_LABELS, (value,)

@@ -188,17 +188,18 @@ def balance() -> list[Builder[Panel]]:
         graph(
             Words(
                 "Estimates",
-                "Error: absolute difference of predicted and real tokens, of the real. Bias above 0: too many.",
+                "How far off the router's guess of an answer's length is, relative to the real length. Error ignores "
+                "the sign; bias above 0 means that it expects too many tokens. Only whole answers count.",
             ),
             "percentunit",
             Query(
-                f"{total_rate('splitwiser_router_estimate_error_tokens_total')}"
-                f" / ({total_rate('splitwiser_router_actual_tokens_total')} > 0)",
+                f"{total_rate('splitwiser_replica_estimate_error_tokens_total')}"
+                f" / ({total_rate('splitwiser_replica_answered_tokens_total')} > 0)",
                 "error",
             ),
             Query(
-                f"{total_rate('splitwiser_router_predicted_tokens_total')}"
-                f" / ({total_rate('splitwiser_router_actual_tokens_total')} > 0) - 1",
+                f"{total_rate('splitwiser_replica_predicted_tokens_total')}"
+                f" / ({total_rate('splitwiser_replica_answered_tokens_total')} > 0) - 1",
                 "bias",
             ),
         ),

@@ -11,9 +11,10 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import psutil
 import pynvml  # type: ignore[import-untyped]
@@ -26,6 +27,9 @@ UTILIZATION_WINDOW_S = 0.1
 # 25 Hz: memory can move within one engine step, so it is read more often than the window above closes. On an H200 the
 # memory query took 6-8 us, a GPM sample, due in every third round, 0.14-0.5 ms.
 SAMPLE_PERIOD_S = 0.04
+_MPS_CLIENTS = "nvmlDeviceGetMPSComputeRunningProcesses"
+
+T = TypeVar("T")
 
 
 class ReadingError(RuntimeError):
@@ -45,6 +49,9 @@ class Reader(Protocol):
 
     def memory_by_pid(self) -> dict[int, int]:
         """Bytes held by each client process, summed over the GPUs. Raises ReadingError."""
+
+    def mps_client_pids(self) -> frozenset[int]:
+        """The processes that are MPS clients on one of the GPUs. Raises ReadingError."""
 
     def close(self) -> None:
         """Gives everything back; call it after the last `read` has returned. Closing twice does nothing."""
@@ -188,11 +195,14 @@ class _Device:
 
     def memory_by_pid(self) -> dict[int, int]:
         held: dict[int, int] = {}
-        for query in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMPSComputeRunningProcesses"):
+        for query in ("nvmlDeviceGetComputeRunningProcesses", _MPS_CLIENTS):
             for process in self._ask(query) or ():
                 if process.usedGpuMemory is not None:  # a process in both lists holds its memory once
                     held[process.pid] = max(held.get(process.pid, 0), process.usedGpuMemory)
         return held
+
+    def mps_client_pids(self) -> frozenset[int]:
+        return frozenset(process.pid for process in self._ask(_MPS_CLIENTS) or ())
 
     def _read_ratios(self, now_s: float) -> Ratios:
         if self._gpm is not None:
@@ -251,15 +261,20 @@ class NvmlReader:
         return tuple(readings)
 
     def memory_by_pid(self) -> dict[int, int]:
-        total: dict[int, int] = {}
+        total: Counter[int] = Counter()
+        for held in self._of_each(_Device.memory_by_pid):
+            total.update(held)
+        return dict(total)
+
+    def mps_client_pids(self) -> frozenset[int]:
+        return frozenset().union(*self._of_each(_Device.mps_client_pids))
+
+    def _of_each(self, ask: Callable[[_Device], T]) -> Iterator[T]:
         for device in self._devices:
             try:
-                held = device.memory_by_pid()
+                yield ask(device)
             except self._nvml.NVMLError as error:
                 raise ReadingError(_nvml_sentence(f"GPU {device.index}'s clients are unknown", error)) from error
-            for pid, held_bytes in held.items():
-                total[pid] = total.get(pid, 0) + held_bytes
-        return total
 
     def close(self) -> None:
         self._resources.close()
@@ -323,6 +338,9 @@ class HostReader:
             except self._host.AccessDenied as error:
                 raise ReadingError(f"Process {pid} may not be read: run as its owner or as root") from error
         return held
+
+    def mps_client_pids(self) -> frozenset[int]:
+        return frozenset()
 
     def close(self) -> None:
         """Nothing is held."""

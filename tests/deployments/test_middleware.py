@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from deployments.middleware import PROBE_PATH, Door
 from deployments.slot import Slot
 
 ASSIGNED = Ticket("gpu_aware", "shortest_wait", row=2, tokens=40)
+ESTIMATED = Ticket("gpu_aware", "shortest_wait", row=2, tokens=40, output_tokens=25)
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
@@ -95,6 +97,36 @@ def test_while_it_is_answered_its_tokens_are_in_flight(place: Place) -> None:
 
     ask(place.door(app), ticket=ASSIGNED.encode())
     assert during == [(1, 0, 1, 40)]
+
+
+def answered(place: Place, usage: object, ticket: Ticket = ESTIMATED) -> tuple[int, int, int]:
+    """What the slot says of predictions, after an answer of which vLLM reported `usage`."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["request_metadata"] = SimpleNamespace(final_usage_info=usage)
+        await place.app(scope, receive, send)
+
+    assert ask(place.door(app), ticket=ticket.encode()).status_code == 200
+    r = place.seen()
+    return r.predicted_tokens_total, r.answered_tokens_total, r.estimate_error_tokens_total
+
+
+def test_a_whole_answer_is_compared_with_its_prediction(place: Place) -> None:
+    """vLLM reports the tokens of all sequences together, and the router predicted them together."""
+    assert answered(place, SimpleNamespace(completion_tokens=17)) == (25, 17, 8)
+
+
+@pytest.mark.parametrize(
+    ("usage", "ticket"),
+    [
+        (None, ESTIMATED),
+        (SimpleNamespace(completion_tokens=None), ESTIMATED),
+        (SimpleNamespace(completion_tokens=17), ASSIGNED),
+    ],
+)
+def test_what_was_cut_off_or_never_predicted_is_not_compared(place: Place, usage: object, ticket: Ticket) -> None:
+    """An answer that did not come to its end says nothing of how long it would have been."""
+    assert answered(place, usage, ticket) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

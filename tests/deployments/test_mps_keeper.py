@@ -118,7 +118,7 @@ def test_a_fault_loses_the_engines_of_its_gpu_only(node: Node) -> None:
     assert not node.keeper.healing
     node.log(CLEARED)
     node.keeper.look()
-    assert node.lost() == [1, 0]
+    assert (node.lost(), node.keeper.faults) == ([1, 0], 1)
 
 
 def test_engines_that_do_not_end_by_themselves_are_ended(node: Node) -> None:
@@ -171,7 +171,7 @@ def test_the_daemons_death_loses_all_engines_and_another_is_started(node: Node) 
         time.sleep(0.005)
     node.keeper.look()
     assert node.lost() == [1, 1]
-    assert node.losses.read().why == "the MPS control daemon has died"
+    assert (node.losses.read().why, node.keeper.faults) == ("the MPS control daemon has died", 0)
     assert node.keeper.daemon.alive()
     assert node.keeper.daemon.identity != daemon
     assert identify(server) is None

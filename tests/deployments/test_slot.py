@@ -85,6 +85,16 @@ def test_requests_are_counted_in_and_out(slot: Slot, path: Path) -> None:
     assert (r.finished_total, r.in_flight_requests, r.in_flight_tokens) == (2, 0, 0)
 
 
+def test_predictions_are_compared_with_what_came_of_them(slot: Slot, path: Path) -> None:
+    """Too many and too few predicted tokens cancel in the sums, not in the error."""
+    ticket = Ticket("gpu_aware", "x", 4, tokens=110, output_tokens=100)
+    slot.answered(ticket, 130)
+    slot.answered(ticket, 60)
+    slot.publish()
+    r = reading(path)
+    assert (r.predicted_tokens_total, r.answered_tokens_total, r.estimate_error_tokens_total) == (200, 190, 70)
+
+
 def test_engine_steps_are_published(slot: Slot, path: Path) -> None:
     """A step's queue and KV use are shown as they are, its tokens and preemptions added up."""
     slot.engine_ready(blocks=200, block_tokens=16, max_running_requests=64)

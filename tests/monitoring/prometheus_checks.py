@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,26 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import promql_parser
-import pytest
 import yaml
+
+from monitoring import local_prometheus
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "monitoring" / "grafana" / "dashboards"
 PROMETHEUS = ROOT / "monitoring" / "prometheus"
 # What Grafana puts in the place of its variables.
 VARIABLES = {"$__rate_interval": "1m", "$job": ".*", "$node": ".*", "$slot": ".*"}
-START_LIMIT_S = 20.0
 
 _NO_GPU = "a machine without a GPU has no such reading, and the exporter says NaN"
-_NO_MEASURED_ESTIMATE = "only once the router has compared predictions with outcomes"
 # Panels ("dashboard / panel / letter of the query") that may be empty or without a number, and why.
 ALLOWED_EMPTY = {
     "overview / Slowest replica / A": "idle engines have no slowest one",
     "overview / Wait in the router / A": "only requests that had to wait are observed",
     "overview / Wait in the router / B": "only requests that had to wait are observed",
     "overview / Wait in the router / C": "only requests that had to wait are observed",
-    "overview / Estimates / A": _NO_MEASURED_ESTIMATE,
-    "overview / Estimates / B": _NO_MEASURED_ESTIMATE,
     "overview / GPU in use / B": _NO_GPU,
     "overview / GPU in use / C": _NO_GPU,
     "overview / Power / A": _NO_GPU,
@@ -198,14 +191,6 @@ def metric_names(expr: str) -> set[str]:
     return {str(node.name) for node in tree(expr) if isinstance(node, promql_parser.VectorSelector)}
 
 
-def binary(name: str) -> str:
-    """Where the program is. Fails the test, rather than skipping it, when it is not installed."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.fail(f"`{name}` is not installed: run `apt-get install -y --no-install-recommends prometheus`")
-    return found
-
-
 def configuration(targets: Path, ray_targets: Path, interval_s: float) -> dict[str, Any]:
     """The committed prometheus.yml with its rules, but other service-discovery files and an interval of one's own."""
     document = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
@@ -221,34 +206,7 @@ def configuration(targets: Path, ray_targets: Path, interval_s: float) -> dict[s
 @contextmanager
 def running_prometheus(folder: Path, configuration: Mapping[str, Any]) -> Iterator[str]:
     """A Prometheus of its own on a free loopback port, its data in `folder`; yields its URL."""
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(dict(configuration)))
-    port = free_port()
-    command = [
-        binary("prometheus"), f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
-    ]  # fmt: skip
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        _wait_ready(f"http://127.0.0.1:{port}", process, folder / "prometheus.log")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(START_LIMIT_S)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline_s and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=1):
-                return
-        except OSError:
-            time.sleep(0.05)
-    pytest.fail(f"Prometheus did not start: {log.read_text()[-2000:]}")
+    path = folder / "prometheus.yml"
+    path.write_text(yaml.safe_dump(dict(configuration)))
+    with local_prometheus.running(path, folder, local_prometheus.free_port()) as server:
+        yield server.url

@@ -59,13 +59,15 @@ class Node:
                 fields.output_tokens_total += 1000
                 fields.prompt_tokens_total += 500
                 fields.preemptions_total += 1
+                fields.predicted_tokens_total += 1200
+                fields.answered_tokens_total += 1000
+                fields.estimate_error_tokens_total += 300
                 writer.publish(now_s)
                 for _ in range(10):
                     self.counters.count_decision(writer.index, "gpu_aware", "shortest_wait", 40e-6)
                 self.counters.count_decision(writer.index, "gpu_aware", "affinity", 60e-6)
             self.counters.count_rejection("queue_full")
             self.counters.observe_wait(0.02)
-            self.counters.count_estimate(120, 100)
             self.counters.publish(now_s)
 
 

@@ -163,7 +163,6 @@ def test_counters_equal_the_routers_ledger_to_the_unit(path: Path, exporter: Exp
         router.count_retry()
         router.count_lost(2)
         router.count_cancelled()
-        router.count_estimate(90, 100)
         router.set_queue(3)
         router.publish(1.0)
     found = series(exporter.scrape())
@@ -177,7 +176,6 @@ def test_counters_equal_the_routers_ledger_to_the_unit(path: Path, exporter: Exp
     assert value(found, "router_retries_total") == 2
     assert value(found, "router_lost_total") == 4
     assert value(found, "router_cancelled_total") == 2
-    assert value(found, "router_estimate_error_tokens_total") == 20
     assert value(found, "router_queue_requests") == 6
     assert value(found, "routers") == 2
     for router in routers:
@@ -229,15 +227,6 @@ def test_mps_is_shown_as_the_device_manager_sees_it(path: Path) -> None:
     names = ("mps_wanted", "mps_up", "mps_clients", "mps_faults_total")
     assert [value(before, name) for name in names] == [0, 0, 0, 0]
     assert [value(after, name) for name in names] == [1, 1, 4, 2]
-
-
-def test_memory_is_taken_from_who_knows_it_better_than_the_board(path: Path) -> None:
-    """The device manager sees what each client process holds; other slots keep what they wrote themselves."""
-    exporter = Exporter(path, desired=2, slots=2, memory=lambda: {1: 7 * GIB})
-    with node(path):
-        found = series(exporter.scrape())
-    exporter.close()
-    assert [value(found, "replica_gpu_memory_bytes", slot=slot) for slot in "01"] == [20 * GIB, 7 * GIB]
 
 
 def test_what_others_register_is_served_along(path: Path) -> None:

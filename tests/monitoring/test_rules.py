@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from monitoring import metrics
+from monitoring import local_prometheus, metrics
 from tests.monitoring import prometheus_checks as checks
 
 RULES = checks.rules()
@@ -20,7 +20,7 @@ PROMISED = {
 
 
 def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [checks.binary("promtool"), *arguments]
+    command = [local_prometheus.program("promtool"), *arguments]
     return subprocess.run(command, cwd=checks.PROMETHEUS, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -77,10 +77,3 @@ def test_the_configuration_has_the_three_jobs() -> None:
     """This system, Ray and HAProxy."""
     document = yaml.safe_load((checks.PROMETHEUS / "prometheus.yml").read_text())
     assert [job["job_name"] for job in document["scrape_configs"]] == ["splitwiser", "haproxy", "ray"]
-
-
-def test_a_missing_program_fails_the_test_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A skipped check is a check that nobody misses."""
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(pytest.fail.Exception, match="apt-get install -y --no-install-recommends prometheus"):
-        checks.binary("promtool")

@@ -268,6 +268,21 @@ def test_a_process_on_two_gpus_holds_the_sum() -> None:
 
 def test_empty_process_lists_are_no_clients() -> None:
     assert reader_of(FakeNvml()).memory_by_pid() == {}
+    assert reader_of(FakeNvml()).mps_client_pids() == frozenset()
+
+
+def test_a_client_of_two_gpus_is_one_client_and_a_process_outside_mps_none() -> None:
+    nvml = FakeNvml(gpus=2)
+    nvml.answers["nvmlDeviceGetComputeRunningProcesses"] = lambda gpu: [process(1, 30)]
+    nvml.answers["nvmlDeviceGetMPSComputeRunningProcesses"] = lambda gpu: [process(7, 100), process(8 + gpu, None)]
+    assert reader_of(nvml).mps_client_pids() == {7, 8, 9}
+
+
+def test_a_list_of_mps_clients_that_fails_is_an_error_and_not_an_empty_list() -> None:
+    nvml = FakeNvml()
+    nvml.fails["nvmlDeviceGetMPSComputeRunningProcesses"] = pynvml.NVMLError_GpuIsLost
+    with pytest.raises(ReadingError, match="GPU 0's clients are unknown"):
+        reader_of(nvml).mps_client_pids()
 
 
 def test_a_driver_too_old_for_one_process_list_still_gives_the_other() -> None:

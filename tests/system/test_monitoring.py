@@ -47,6 +47,8 @@ def test_counters_equal_the_clients_own_ledger(system: System) -> None:
     assert grown("splitwiser_replica_received_requests_total") == len(ledger)
     assert grown("splitwiser_replica_finished_requests_total") == len(ledger)
     assert grown("splitwiser_replica_output_tokens_total") == 12 * 4
+    assert grown("splitwiser_replica_answered_tokens_total") == 12 * 4
+    assert 0 < grown("splitwiser_replica_predicted_tokens_total") <= 12 * 4
     assert grown("splitwiser_router_rejections_total") == 0
 
 
