@@ -112,7 +112,7 @@ class System:
 
     def engines(self) -> list[int]:
         """The engine processes, by the title that vLLM gives them."""
-        return [p.pid for p in self.processes() if "EngineCore" in " ".join(p.cmdline())]
+        return [p.pid for p in self.processes() if "EngineCore" in _command_of(p)]
 
     def processes(self) -> list[psutil.Process]:
         pid, ticks = (launch.runs_folder() / self.run_id / "session").read_text().split()
@@ -138,6 +138,13 @@ class System:
                     if answer.status != 200:
                         return False
         return True
+
+
+def _command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended while being looked at
+        return ""
 
 
 @contextmanager

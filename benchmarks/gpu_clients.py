@@ -15,8 +15,8 @@ MIB = 1 << 20
 _STEP = 128 * MIB
 # Stores 1 to address 16: an illegal access, fatal to the context and, under MPS, to all of the GPU's clients.
 _PTX = b"""
-.version 6.0
-.target sm_60
+.version 6.4
+.target sm_75
 .address_size 64
 .visible .entry bad()
 {

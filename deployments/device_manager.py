@@ -133,7 +133,7 @@ class DeviceManager:
     def _engines_of(self, gpus: Sequence[int]) -> list[mps.ProcessIdentity]:
         """What the replicas on these GPUs have started: engine processes, also of those that are starting."""
         parents = [process.pid for i, process in self._places.processes().items() if self._gpu_of(i) in gpus]
-        found = (mps.identify(pid) for parent in parents for pid in processes.descendants(parent))
+        found = (mps.identify(pid) for parent in parents for pid in processes.engines_of(parent))
         return [process for process in found if process is not None]
 
     def _export(self, args: ServeArgs, board: Path) -> Exporter | None:

@@ -62,6 +62,7 @@ class MpsKeeper:
         self.healing = False
         self.given_up = ""
         self.faults = 0
+        self._logged_bytes = 0
         self.daemon = make()
         self.daemon.start()
 
@@ -95,13 +96,19 @@ class MpsKeeper:
     def _trouble(self) -> Trouble | None:
         if not self.daemon.alive():
             return Trouble("the MPS control daemon has died")
-        fault = self.daemon.recent_fault()
+        fault = self.daemon.recent_fault() if self._logs_grew() else None
         if fault is None:
             return None
         self.faults += 1
         culprit = f" in process {fault.culprit_pids[0]}" if fault.culprit_pids else ""
         what = "the MPS server has died" if fault.server_died else f"a fatal GPU error{culprit}"
         return Trouble(f"{what} (logged at {fault.at})", fault.devices)
+
+    def _logs_grew(self) -> bool:
+        """To read them through takes far longer than to ask for their size."""
+        logged = sum(log.stat().st_size for log in self.daemon.paths.log.glob("*.log"))
+        self._logged_bytes, before = logged, self._logged_bytes
+        return logged != before
 
     def _heal(self, gpus: Sequence[int]) -> None:
         for attempt in range(1, _ATTEMPTS + 1):

@@ -63,12 +63,21 @@ def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.P
     return of_run(run_id, session)
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that `pid` has started, and those they have; none when it has ended."""
-    try:
-        return [process.pid for process in psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def engines_of(pid: int) -> list[int]:
+    """The engine processes that the replica process `pid` has started, and those they have; none when it has ended.
+
+    Python's resource tracker, which it starts too, is none of them, and lives as long as the replica.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(pid).children(recursive=True)
+        return [child.pid for child in children if not _is_resource_tracker(child)]
+    return []
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return False
 
 
 def kill(owner: Owner) -> None:
