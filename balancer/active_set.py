@@ -33,6 +33,8 @@ NEWS_RATIO = 1.5
 FEW_REQUESTS = 8.0
 # Between changes for throughput's sake: two windows, so that what the last one bought was measured.
 DWELL_S = 2 * WINDOW_S
+# A smaller set takes effect only as answers end, and its noise would be paid by all: it must promise twice as much.
+SHRINK_PATIENCE = 2.0
 # A lead below `Knobs.gain_ratio` is followed when it was there in eight windows on end.
 LASTING_S = 8 * WINDOW_S
 # A neighbouring size that was never measured is tried when the fit, which errs by about so much, says it loses less.
@@ -100,7 +102,8 @@ class ActiveSet:
     def __init__(self, knobs: Knobs) -> None:
         self.knobs = knobs
         self.size = 1
-        self.model = StepModel()
+        read_s = knobs.weights_read_s
+        self.model = StepModel() if read_s is None else StepModel.foreseen(read_s)
         self.prompt_ratio = 1.0  # prompt tokens for each output token, as measured
         self._meters: dict[int, Meter] = {}
         self._busy_seconds = 0.0
@@ -231,9 +234,11 @@ class ActiveSet:
         sizes = range(1, self._limit(ready) + 1)
         worth = {k: self._worth(k, demand) for k in sizes}
         best = max(sizes, key=worth.__getitem__)
-        if worth[self.size] < worth[best] * (1.0 - self.knobs.gain_ratio) or self._lasting(best):
+        needed = self.knobs.gain_ratio * (SHRINK_PATIENCE if best < self.size else 1.0)
+        clear = worth[self.size] < worth[best] * (1.0 - needed)
+        if clear or (self._lasting(best) and best > self.size):
             return best
-        return self._untried(worth) if best == self.size else self.size
+        return self._untried(worth) if best == self.size and self.model.most_replicas_seen else self.size
 
     def _worth(self, size: int, demand: Demand) -> float:
         """Tokens a second, less a share where requests would have to wait for room."""
@@ -273,7 +278,8 @@ class ActiveSet:
     def _limit(self, ready: int) -> int:
         """How far growth may go: as far as holds the demand; for throughput's sake at most twice what was ever
         measured, and nowhere on a full device."""
-        known = self.size if self._full() else 2 * self.model.most_replicas_seen
+        foreseen = ready if not self.model.most_replicas_seen else 2 * self.model.most_replicas_seen
+        known = self.size if self._full() else foreseen
         return min(ready, max(known, self.size, self._holding(ready)))
 
     def _full(self) -> bool:

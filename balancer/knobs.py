@@ -46,3 +46,7 @@ class Knobs:
 
     # Expected output of a request that names no cap, until enough answers were seen.
     default_output_tokens: int = 256
+
+    # Seconds that the device takes to read the model's weights once: the least that a further replica costs every step.
+    # The system works it out on a GPU; None where it is not known.
+    weights_read_s: float | None = None

@@ -35,6 +35,8 @@ SM_TELLS_UP_TO = 1.5
 PRIOR_SHARES = (0.1, 0.4, 0.1, 0.4, 0.0)
 # The prior weighs as much as half a window.
 PRIOR_MASS = 0.5
+# An engine's own part of a step before any was measured: vLLM's loop takes 2 to 3 ms and about 20 us for each sequence.
+UNMEASURED_OWN_S = 2.5e-3
 # Until a fit: the cost of a sequence and of a prompt token of a small model; only their ratio matters before that.
 UNMEASURED_SEQUENCE_S = 2e-5
 UNMEASURED_PROMPT_S = 2e-6
@@ -100,7 +102,16 @@ class StepModel:
     cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
     sm: Cell = field(default_factory=Cell)
     terms: Vector = field(default_factory=lambda: [0.0] * TERMS)
+    # No fit goes below these: what physics says, where noise and few observations would say less.
+    least: Vector = field(default_factory=lambda: [0.0] * TERMS)
     most_replicas_seen: int = 0
+
+    @staticmethod
+    def foreseen(weights_read_s: float) -> StepModel:
+        """Before anything was measured: a device that does no more at each step than read the weights."""
+        own, sequence = UNMEASURED_OWN_S, UNMEASURED_SEQUENCE_S
+        terms = [own, sequence, weights_read_s, 0.0, UNMEASURED_PROMPT_S]
+        return StepModel(terms=terms, least=[0.0, 0.0, weights_read_s, 0.0, 0.0])
 
     def observe(self, batch: float, replicas: float, prompts: float, step_s: float, sm_ratio: float | None) -> None:
         """One window of one replica; `sm_ratio` None when no honest reading of the SMs is at hand."""
@@ -130,7 +141,7 @@ class StepModel:
             typical = math.sqrt(matrix[i][i] / mass)
             matrix[i][i] += PRIOR_MASS * typical * typical + 1e-12
             target[i] += PRIOR_MASS * typical * PRIOR_SHARES[i]
-        self.terms = _non_negative(matrix, target, self.terms)
+        self.terms = _bounded(matrix, target, self.terms, self.least)
 
     def step_s(self, batch: float, replicas: float, prompts: float) -> float:
         """The fit, corrected by what was measured in the same cell."""
@@ -162,10 +173,10 @@ class StepModel:
         return self.terms[4] or UNMEASURED_PROMPT_S
 
 
-def _non_negative(matrix: list[Vector], target: Vector, start: Vector, sweeps: int = 12) -> Vector:
+def _bounded(matrix: list[Vector], target: Vector, start: Vector, least: Vector, sweeps: int = 12) -> Vector:
     x = list(start)
     for _ in range(sweeps):
         for i, row in enumerate(matrix):
             rest = sum(a * b for a, b in zip(row, x, strict=True)) - row[i] * x[i]
-            x[i] = max(0.0, (target[i] - rest) / row[i])
+            x[i] = max(least[i], (target[i] - rest) / row[i])
     return x

@@ -46,6 +46,7 @@ class Deployment:
     kv_tokens: int
     max_running: int = 256
     forecast: bool = True  # whether replicas tell the peak of their KV cache
+    weights_read_s: float | None = None  # what the balancer is told; see Knobs
 
 
 class Request:

@@ -17,12 +17,14 @@ from benchmarks.engine_sim import Deployment
 from benchmarks.simulation import Case, Result, Simulation, rate_between, reversals
 from benchmarks.workloads import LONG_OUTPUTS, MIXED, OVERSIZED, UNIFORM, Lengths, Workload, closed, poisson, steps
 
+# An H200's memory, by its data sheet.
+DRAM_BYTES_PER_S = 4.8e12
 # As an operator would deploy them on a card of 139 GiB: eight replicas of a small model, four of a large one, with the
 # KV bytes that the measured rows had for each of eight, and what four 16 GB copies of the weights leave.
 DEPLOYMENTS = {
-    "opt": Deployment("opt", 8, int(4e9 / 36864)),
-    "qwen05": Deployment("qwen05", 8, int(4e9 / 12288)),
-    "llama8b": Deployment("llama8b", 4, int(15e9 / 131072)),
+    "opt": Deployment("opt", 8, int(4e9 / 36864), weights_read_s=0.25e9 / DRAM_BYTES_PER_S),
+    "qwen05": Deployment("qwen05", 8, int(4e9 / 12288), weights_read_s=0.99e9 / DRAM_BYTES_PER_S),
+    "llama8b": Deployment("llama8b", 4, int(15e9 / 131072), weights_read_s=16.06e9 / DRAM_BYTES_PER_S),
 }
 LOADS = (1, 4, 16, 64, 128, 256, 512)
 FIXED = (1, 2, 3, 4, 6, 8)

@@ -8,7 +8,7 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from balancer.admission import Dispatcher
@@ -91,7 +91,8 @@ class Simulation:
         self.device = Device(curves)
         self.engines = [Engine(i, case.deployment, self.device) for i in range(case.deployment.replicas)]
         self.sampler = Sampler(self.engines)
-        self.dispatcher = Dispatcher(case.knobs, random.Random(case.seed + 1))
+        knobs = replace(case.knobs, weights_read_s=case.deployment.weights_read_s)
+        self.dispatcher = Dispatcher(knobs, random.Random(case.seed + 1))
         self.estimator = CostEstimator(case.knobs)
         self.requests: list[Request] = []
         self.waiting: dict[str, Request] = {}

@@ -50,7 +50,7 @@ def assemble(args: dict[str, Any], config: ServeArgs, on: str, replica: type) ->
     """Wire `replica` to the device manager and the balancer, through HAProxy where Serve has it, else Serve's proxy."""
     board, haproxy = str(board_path(_run_name())), haproxy_enabled()
     app = _replicas(replica, config, on, haproxy, board).bind(args, board, haproxy, _manager(args, on, board))
-    return attach_router(app, _router(config, board)) if haproxy else app
+    return attach_router(app, _router(config, on, board)) if haproxy else app
 
 
 def _run_name() -> str:
@@ -88,7 +88,7 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
     if not haproxy:
         options["request_router_config"] = RequestRouterConfig(
             request_router_class="balancer.router:BoardRouter",
-            request_router_kwargs={"board_path": board, "knobs": dataclasses.asdict(config.balancer.knobs())},
+            request_router_kwargs={"board_path": board, "knobs": _knobs(config, on)},
         )
     return serve.deployment(
         replica,
@@ -111,7 +111,7 @@ def _manager(args: dict[str, Any], on: str, board: str) -> serve.Application:
     return deployment.bind(args, on, board, _run_name())
 
 
-def _router(config: ServeArgs, board: str) -> serve.Application:
+def _router(config: ServeArgs, on: str, board: str) -> serve.Application:
     deployment = serve.deployment(
         Router,
         name="Router",
@@ -119,7 +119,15 @@ def _router(config: ServeArgs, board: str) -> serve.Application:
         **_STOPPING,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_THREAD},
     )
-    return deployment.bind(board, dataclasses.asdict(config.balancer.knobs()))
+    return deployment.bind(board, _knobs(config, on))
+
+
+def _knobs(config: ServeArgs, on: str) -> dict[str, Any]:
+    """The user's knobs, and what the policy should know of model and device before it has measured anything."""
+    knobs = dataclasses.asdict(config.balancer.knobs())
+    if on == "gpu" and knobs["weights_read_s"] is None:
+        knobs["weights_read_s"] = gpu_setup.weights_read_s(config)
+    return knobs
 
 
 @serve.ingress()

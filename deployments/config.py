@@ -123,6 +123,7 @@ class KnobBounds(_Bounds):
     affinity_load_bound: float | None = Field(None, ge=1)
     gain_ratio: float | None = Field(None, ge=0)
     default_output_tokens: int | None = Field(None, ge=1)
+    weights_read_s: float | None = Field(None, gt=0)
 
 
 class HttpBounds(_Bounds):

@@ -59,6 +59,22 @@ def this_card(index: int = 0) -> memory.Card:
         pynvml.nvmlShutdown()
 
 
+def weights_read_s(args: ServeArgs) -> float:
+    """Seconds that the GPU's memory needs to read the model's weights once, at the bandwidth that NVML tells."""
+    return plan(args, this_card()).shape.weights_bytes / _dram_bytes_per_s()
+
+
+def _dram_bytes_per_s(index: int = 0) -> float:
+    """Peak: two transfers each clock over the whole width of the bus."""
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        clock_hz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6
+        return float(2.0 * clock_hz * pynvml.nvmlDeviceGetMemoryBusWidth(handle) / 8)
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def plan(args: ServeArgs, card: memory.Card, mps_used: bool | None = None) -> memory.MemoryPlan:
     """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold.
 
