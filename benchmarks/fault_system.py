@@ -76,7 +76,9 @@ def cpu_setup_of(replicas: int) -> Setup:
 
 def _args(file: str) -> dict[str, Any]:
     args = yaml.safe_load((ROOT / file).read_text())["applications"][0]["args"]
-    return {**args, "monitoring": {**args.get("monitoring", {}), "exporter_port": None}}
+    # One fault after the other is no crash loop here.
+    restarts = {"deaths": 100}
+    return {**args, "restarts": restarts, "monitoring": {**args.get("monitoring", {}), "exporter_port": None}}
 
 
 class System:
