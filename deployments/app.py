@@ -30,6 +30,9 @@ _ONE_THREAD = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 _STOPPING: dict[str, Any] = {"graceful_shutdown_timeout_s": 7.0, "graceful_shutdown_wait_loop_s": 0.1}
 # Serve replaces a replica after three failed checks in a row.
 _HEALTH_EVERY_S = 1.0
+# When to give up a replica that does not start is decided by its place (deployments/places.py), not by Serve's counts.
+_RETRIES_OF_REPLICAS = 1_000_000
+_RETRIES = 3
 
 
 def gpu_share(replicas: int) -> float:
@@ -97,6 +100,7 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
         max_ongoing_requests=_UNLIMITED,
         **_STOPPING,
         health_check_period_s=_HEALTH_EVERY_S,
+        max_constructor_retry_count=_RETRIES_OF_REPLICAS,
         ray_actor_options={
             "num_cpus": 0,
             "num_gpus": gpu_share(config.replicas) if on == "gpu" else 0,
@@ -107,7 +111,13 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
 
 
 def _manager(args: dict[str, Any], on: str, board: str) -> serve.Application:
-    deployment = serve.deployment(DeviceManager, name="DeviceManager", ray_actor_options={"num_cpus": 0}, **_STOPPING)
+    deployment = serve.deployment(
+        DeviceManager,
+        name="DeviceManager",
+        max_constructor_retry_count=_RETRIES,
+        ray_actor_options={"num_cpus": 0},
+        **_STOPPING,
+    )
     return deployment.bind(args, on, board, _run_name())
 
 
@@ -116,6 +126,7 @@ def _router(config: ServeArgs, on: str, board: str) -> serve.Application:
         Router,
         name="Router",
         max_ongoing_requests=_UNLIMITED,
+        max_constructor_retry_count=_RETRIES,
         **_STOPPING,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_THREAD},
     )

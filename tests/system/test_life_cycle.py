@@ -22,9 +22,9 @@ from monitoring import discovery
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 
-def serve(config: Path) -> subprocess.CompletedProcess[str]:
+def serve(config: Path, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deployments.cli", "serve", str(config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, cwd=ROOT)
 
 
 def test_a_wrong_key_is_refused_in_one_sentence_before_anything_starts(tmp_path: Path) -> None:
@@ -107,6 +107,20 @@ def test_a_dead_engine_is_answered_for_and_replaced_and_none_outlives_its_replic
         replica.kill()
         _, alive = psutil.wait_procs(engines, timeout=60)
         assert not alive
+
+
+def test_a_crash_loop_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    """An engine that can never start is tried so often as the configuration says; then the status is 1."""
+
+    def hopeless(document: dict[str, Any]) -> None:
+        args = document["applications"][0]["args"]
+        args |= {"replicas": 1, "restarts": {"deaths": 2, "first_wait_s": 0}}
+        args["engine"]["max_model_len"] = 100_000_000
+
+    ended = serve(write_config(tmp_path, free_port(), hopeless), limit_s=400)
+    assert ended.returncode == 1
+    assert "stopping because no replica is left that could be started: its last 2 starts" in ended.stdout
+    assert ended.stdout.count("loading weights and starting the engine") == 2
 
 
 def one_replica(document: dict[str, Any]) -> None:
