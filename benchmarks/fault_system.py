@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import psutil
@@ -27,6 +27,7 @@ from benchmarks.serving import free_port
 from deployments import launch, mps, processes
 
 MIB = 1 << 20
+T = TypeVar("T")
 _KV_BYTES = 8_000_000_000
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +49,12 @@ class Setup:
 
     @property
     def replicas(self) -> int:
-        return int(self.args["replicas"])
+        """On all GPUs."""
+        return int(self.args["replicas"]) * self.gpus
+
+    @property
+    def gpus(self) -> int:
+        return int(self.args.get("gpus", 1))
 
     @property
     def model(self) -> str:
@@ -59,14 +65,14 @@ class Setup:
         return int(self.args["engine"]["max_model_len"])
 
 
-def gpu_setup_of(replicas: int, graphs: bool, folder: Path) -> Setup:
+def gpu_setup_of(replicas: int, graphs: bool, folder: Path, gpus: int = 1) -> Setup:
     """OPT-125m's shape. Without CUDA graphs a start is shorter, and faults are the same."""
     engine = {**ENGINE, "kv_cache_memory_bytes": _KV_BYTES}
     if not graphs:
         engine = {**engine, "enforce_eager": True}
         del engine["compilation_config"]
     args = _args("serve_gpu.yaml") | {"model": str(shapes.make_folder("opt-125m", folder)), "served_model_name": "opt"}
-    return Setup(args | {"replicas": replicas, "mps": "on", "engine": engine}, True, 48, 256, 128)
+    return Setup(args | {"replicas": replicas, "gpus": gpus, "mps": "on", "engine": engine}, True, 48, 256, 128)
 
 
 def cpu_setup_of(replicas: int) -> Setup:
@@ -195,12 +201,27 @@ def until(holds: Callable[[], bool], limit_s: float, what: str) -> float:
 
 
 def gpu_used_mib() -> int | None:
-    """Memory in use on GPU 0; None without a GPU."""
+    """Memory in use on all GPUs; None without any."""
+    used = _of_each_gpu(lambda handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) // MIB)
+    return sum(used) if used else None
+
+
+def processes_by_gpu() -> list[list[int]]:
+    """The processes that hold a context on each GPU, MPS clients by their own PIDs."""
+
+    def pids(handle: Any) -> list[int]:
+        lists = pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetMPSComputeRunningProcesses
+        return sorted({process.pid for ask in lists for process in ask(handle)})
+
+    return _of_each_gpu(pids)
+
+
+def _of_each_gpu(ask: Callable[[Any], T]) -> list[T]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None
+        return []
     try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used) // MIB
+        return [ask(pynvml.nvmlDeviceGetHandleByIndex(gpu)) for gpu in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()

@@ -38,6 +38,7 @@ from benchmarks.fault_system import (
     cpu_setup_of,
     gpu_setup_of,
     gpu_used_mib,
+    processes_by_gpu,
     started,
     until,
 )
@@ -89,7 +90,9 @@ def capped_client(system: System) -> dict[str, Any]:
 
 
 def illegal_access(system: System) -> dict[str, Any]:
-    return helper("fault", {PIPE_VARIABLE: str(system.pipe)})
+    """On the last GPU: with several, the others' replicas have nothing to do with it."""
+    device = {"CUDA_VISIBLE_DEVICES": str(system.setup.gpus - 1), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return helper("fault", {PIPE_VARIABLE: str(system.pipe), **device})
 
 
 def kill_daemon(system: System) -> dict[str, Any]:
@@ -218,8 +221,11 @@ def start_row(system: System, start_s: float) -> dict[str, Any]:
     row["engine_ready_s"] = [float(s) for s in re.findall(r"ready in ([\d.]+) s", system.log.read_text())]
     if system.setup.gpu:
         row["mps_clients"] = system.clients()
+        row["by_gpu"] = [sorted(set(pids) & set(engines)) for pids in processes_by_gpu()][: system.setup.gpus]
+        row["evenly"] = {len(pids) for pids in row["by_gpu"]} == {len(replicas) // system.setup.gpus}
         row["all_clients"] = len(engines) == len(replicas) and set(engines) <= set(row["mps_clients"])
-    row["good"] = len(caches) == 1 and len(replicas) == system.setup.replicas and row.get("all_clients", True)
+    whole = len(caches) == 1 and len(replicas) == system.setup.replicas
+    row["good"] = whole and row.get("all_clients", True) and row.get("evenly", True)
     return row
 
 
@@ -296,10 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--graphs", action="store_true", help="with CUDA graphs, as served in earnest; starts take longer"
     )
+    parser.add_argument("--gpus", type=int, default=1, help="so many replicas on each of so many GPUs")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
     stay = Stay(options.out, options.logs, options.seconds)
-    make = cpu_setup_of if options.cpu else lambda replicas: gpu_setup_of(replicas, options.graphs, options.logs)
+    make = (
+        cpu_setup_of
+        if options.cpu
+        else lambda replicas: gpu_setup_of(replicas, options.graphs, options.logs, options.gpus)
+    )
     run(stay, make, options.replicas or (2 if options.cpu else 4), options.starts, options.parts)
     return 0
 
