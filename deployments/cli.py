@@ -33,6 +33,16 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check FILE and start nothing")
     _file(validate)
     validate.set_defaults(command=_validate)
+    plan = commands.add_parser("plan", help="print the memory plan of FILE, start nothing; status 1 if it cannot hold")
+    _file(plan)
+    plan.add_argument("--card", help="plan for this card instead of the GPUs here: a name such as A10, or 24GiB")
+    plan.set_defaults(command=_plan)
+    doctor = commands.add_parser("doctor", help="say what this machine lacks for serving FILE; status 1 if anything")
+    _file(doctor)
+    doctor.set_defaults(command=_doctor)
+    restart = commands.add_parser("restart", help="drain and replace one replica of the run that is going on")
+    restart.add_argument("slot", type=int, help="its slot, as `splitwiser top` shows it")
+    restart.set_defaults(command=_restart)
     change = commands.add_parser("apply", help="bring FILE's `balancer` section into force in the run that is going on")
     _file(change)
     change.add_argument(
@@ -61,6 +71,24 @@ def _validate(options: argparse.Namespace) -> int:
     args, _ = load(options.file)
     print(f"{options.file} is fine: {args.replicas} replicas of {args.public_name}, policy {args.balancer.policy}")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from deployments.plan_command import show_plan
+
+    return show_plan(options.file, options.card)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from deployments.doctor import doctor
+
+    return doctor(*load(options.file))
+
+
+def _restart(options: argparse.Namespace) -> int:
+    from deployments.restart_command import restart
+
+    return restart(newest_board(), options.slot)
 
 
 def _apply(options: argparse.Namespace) -> int:
