@@ -77,7 +77,7 @@ class Sizes:
     closed_requests: int = 256
     closed_prompt: int = 256
     closed_output: int = 256
-    trace_seconds: float = 15.0
+    trace_seconds: float = 10.0
     trace_speed: float = 8.0
     trace_scale: float = 1.0
     max_model_len: int = 2048
@@ -120,7 +120,7 @@ class Cost:
     round_s: float = 0.4
 
 
-H200 = Cost(400_000, 0.0025, 2.5e-5, 0.012, 5e-5, {Stage.APART: 55, Stage.MPS: 55, Stage.SERVED: 130})
+H200 = Cost(400_000, 0.0025, 2.5e-5, 0.012, 5e-5, {Stage.APART: 45, Stage.MPS: 45, Stage.SERVED: 110})
 TWO_CORES = Cost(15_000, 0.015, 5e-4, 0.02, 1e-3, {Stage.APART: 100, Stage.MPS: 0, Stage.SERVED: 80}, 8_000.0)
 
 
@@ -174,7 +174,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Something that was not run, and why. `rounds` 0: the whole cell."""
+    """A cell that is not run, and why."""
 
     facts: Mapping[str, Any]
     reason: str
@@ -260,22 +260,32 @@ def why_not(cell: Cell, machine: Machine, sizes: Sizes, cost: Cost) -> str | Non
 
 
 def _rounds(cells: Iterable[Cell], repeats: int) -> list[Round]:
-    rounds = [Round(cell, repeat, _tier(cell)) for repeat in range(repeats) for cell in cells]
+    cells = list(cells)
+    rounds = [Round(cell, repeat, tier(cell, cells)) for repeat in range(repeats) for cell in cells]
     return sorted(rounds, key=lambda r: (r.tier, r.repeat))
 
 
-def _tier(cell: Cell) -> int:
-    """The served system is started for all its workloads; Hugging Face's long batches are slow and come last."""
-    if cell.stage is Stage.SERVED:
-        return 1 if cell.workload.tier == 2 else cell.workload.tier
-    return 3 if cell.is_hf and not cell.workload.radiology else cell.workload.tier
+def tier(cell: Cell, among: Sequence[Cell]) -> int:
+    """When a cell's turn comes: its workload's tier, but
+    closed loops and the trace come first where they are served, which is what they are for;
+    without mixed batching only the radiology and the largest long batch come early;
+    Hugging Face's long batches, slow as they are, come late, the smallest before the others."""
+    w = cell.workload
+    if cell.is_hf and not w.radiology:
+        return 3 if w.requests == min(c.workload.requests for c in among if c.system == cell.system) else 4
+    if cell.stage is Stage.SERVED and w.kind is not Kind.BATCH:
+        return 1
+    if cell.system != "vllm-mixed-off" or w.radiology:
+        return w.tier
+    mine = [c.workload for c in among if c.system == cell.system and c.workload.kind is Kind.BATCH]
+    return w.tier if w == max(mine, key=lambda m: m.requests * m.output_tokens) else 3
 
 
 def estimate_s(cell: Cell, cost: Cost, sizes: Sizes) -> float:
     """About how long one round takes."""
     w = cell.workload
     if w.kind is Kind.TRACE:
-        return sizes.trace_seconds + 5.0 + cost.round_s
+        return sizes.trace_seconds + 2.0 + cost.round_s
     if not cell.is_hf:
         steps = w.requests / w.at_once * w.output_tokens
         step_s = cost.step_s + cost.step_s_per_sequence * w.at_once
@@ -302,10 +312,11 @@ def plan_s(plan: Plan, cost: Cost, sizes: Sizes, tier: int) -> float:
 
 
 def kv_tokens(rounds: Iterable[Round], rank: int) -> int:
-    """The most KV tokens that engine `rank` of vllm-single, -mp and -mps holds at once, so that it never preempts."""
+    """The most KV tokens that engine `rank` of vllm-single, -mp and -mps holds at once, so that batches and
+    closed loops never preempt. A trace takes what is there."""
     shares = [
         (-(-c.workload.at_once // c.processes) * (c.workload.prompt_tokens + c.workload.output_tokens))
         for c in (r.cell for r in rounds)
-        if not c.is_hf and rank < c.processes
+        if not c.is_hf and rank < c.processes and c.workload.kind is not Kind.TRACE
     ]
     return max(shares, default=0)

@@ -199,7 +199,8 @@ class Bench:
         the router decides how many replicas share it."""
         of = self._of
         replicas = rounds[0].cell.processes
-        most = max(c.at_once * (c.prompt_tokens + c.output_tokens) for c in (r.cell.workload for r in rounds))
+        asked = [r.cell.workload for r in rounds if r.cell.workload.kind is not Kind.TRACE]
+        most = max((w.at_once * (w.prompt_tokens + w.output_tokens) for w in asked), default=0)
         kv_bytes = max(MIN_KV_TOKENS, 2 * most // replicas) * kv_bytes_per_token(of.model)
         mps = "on" if of.machine.gpu and not of.machine.no_mps else "off"
         return {
