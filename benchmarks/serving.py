@@ -42,7 +42,11 @@ def serving(application: Mapping[str, Any], flags: Sequence[str] = (), limit_s: 
             yield f"http://127.0.0.1:{port}"
         finally:
             child.send_signal(signal.SIGINT)
-            child.wait(60)
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
 
 
 def free_port() -> int:

@@ -27,7 +27,7 @@ NAME = "bench"
 START_SLACK = 3.0
 """A stage may take so many times as long to start as was estimated before it is given up."""
 ROUND_SLACK_S = 30.0
-END_S = 20.0
+END_S = 30.0
 """Kept at the end of the time for ending processes, MPS and the report."""
 MIN_KV_TOKENS = 16_384
 
