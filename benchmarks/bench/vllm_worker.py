@@ -81,9 +81,9 @@ class Loop:
             at_s, request = self._waiting.popleft()
             # Held back by the limit alone, it is due now; otherwise at its own time, a step or less ago.
             due_s = now_s if self._made and at_s == 0.0 else go_s + at_s
-            self._seen[request.request_id] = [due_s, due_s, 0.0, 0.0, 0]
-            self._before_first.add(request.request_id)
-            self._engine.add_request(request.request_id, request, request.params)
+            name = self._engine.add_request(request.request_id, request, request.params)  # renames the request
+            self._seen[name] = [due_s, due_s, 0.0, 0.0, 0]
+            self._before_first.add(name)
             self._running += 1
 
     def _step(self) -> Any:

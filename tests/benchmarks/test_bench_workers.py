@@ -101,9 +101,10 @@ class FakeEngine:
         self.step = 0
         self.engine_core, self.output_processor = self, self
 
-    def add_request(self, request_id: str, request: Any, params: Any) -> None:
-        self.left[request_id] = request.tokens
+    def add_request(self, request_id: str, request: Any, params: Any) -> str:
+        self.left[f"{request_id}-renamed"] = request.tokens
         self.most = max(self.most, len(self.left))
+        return f"{request_id}-renamed"
 
     def get_output(self) -> Any:
         self.step += 1
