@@ -182,13 +182,16 @@ def failures(rows: Sequence[Json]) -> list[str]:
 
 
 def steady_by_processes(workload: str, cells: dict[Key, Summary]) -> dict[str, list[tuple[int, Spread]]]:
-    """Steady-state throughput against the number of processes, a line for each family; one process is its baseline."""
+    """Steady-state throughput against the number of processes, a line for each system, which begins at its baseline.
+
+    The served system has none: one process without HTTP is not its beginning.
+    """
     lines: dict[str, list[tuple[int, Spread]]] = {}
     for cell in cells.values():
         spread = cell.spread("steady_tokens_per_s")
         if cell.workload == workload and cell.processes > 1 and spread:
             lines.setdefault(cell.system, []).append((cell.processes, spread))
-            base = baseline(cell, cells)
+            base = None if cell.system == "splitwiser-serve" else baseline(cell, cells)
             if base and (first := base.spread("steady_tokens_per_s")) and (1, first) not in lines[cell.system]:
                 lines[cell.system].append((1, first))
     return {system: sorted(points, key=lambda point: point[0]) for system, points in lines.items()}

@@ -80,6 +80,8 @@ def test_steady_state_lines_start_at_one_process() -> None:
         "vllm-mps": [1, 2],
         "hf-split": [1, 2],
     }
+    served = summary.steady_by_processes("closed loop", CELLS)
+    assert [n for n, _ in served["splitwiser-serve"]] == [2]
     assert lines["vllm-mps"][0][1].median == pytest.approx(12.0)
 
 

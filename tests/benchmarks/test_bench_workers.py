@@ -2,8 +2,10 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +64,50 @@ def test_two_processes_times_of_a_request_become_one_report() -> None:
         merged = hf_worker.merged(parts)
         assert merged["requests"] == [[1.0, 2.0, 2.5, 3.0, 2]]
         assert merged["made"] == [(2.5, 1), (2.75, 1)]
+
+
+class FakeModel:
+    """Makes tokens without a device; `begun` lists the token counts it was asked for."""
+
+    def __init__(self) -> None:
+        self.marks = Ranges()
+        self.begun: list[int] = []
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def tensor(self, prompts: list[list[int]]) -> list[list[int]]:
+        return prompts
+
+    def prompt(self, prompts: list[list[int]]) -> tuple[Any, Any]:
+        return [[*prompt, 1] for prompt in prompts], f"cache of {len(prompts)}"
+
+    def generate(self, ids: Any, tokens: int, cache: Any, each_step: Any) -> None:
+        self.begun.append(tokens)
+        for _ in range(tokens):
+            each_step(self.now_s(), len(ids))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "split"])
+@pytest.mark.parametrize("count", [3, 45])
+def test_both_modes_make_every_token_once_and_time_every_request(mode: str, count: int) -> None:
+    """Each role played in turn by its process, with plain queues between them."""
+    caches: list[queue.Queue[Any]] = [queue.Queue() for _ in range(4)]
+    plans = hf_worker.shares(order(count, mode=mode, processes=4))
+    played = [hf_worker._PLAYED[plan["role"]](FakeModel(), plan, caches, rank) for rank, plan in enumerate(plans)]
+    report = hf_worker.merged(played)
+    assert sum(made for _, made in report["made"]) == 5 * count
+    assert [request[4] for request in report["requests"]] == [5] * count
+    for due_s, begun_s, first_s, ended_s, _ in report["requests"]:
+        assert 0 < due_s <= begun_s <= first_s <= ended_s
+
+
+def test_the_token_process_makes_all_but_the_first_token() -> None:
+    model = FakeModel()
+    caches: list[queue.Queue[Any]] = [queue.Queue()]
+    caches[0].put(([0], 5, [[1, 2]], "cache"))
+    hf_worker._token(model, {"batches": 1}, caches, 0)  # type: ignore[arg-type]
+    assert model.begun == [4]
 
 
 def test_a_failed_process_fails_the_round_at_once() -> None:
