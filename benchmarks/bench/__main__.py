@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.bench import rows as record
-from benchmarks.bench.machine import facts, look
+from benchmarks.bench.fit import fitted
+from benchmarks.bench.machine import facts, look, room
 from benchmarks.bench.phases import USUAL_LIMITS, Limits
 from benchmarks.bench.plan import FULL, H200, QUICK, SYSTEMS, TWO_CORES, Machine, Plan, Sizes, make_plan, plan_s
 from benchmarks.bench.progress import Bar
@@ -64,6 +65,8 @@ def _bench(options: argparse.Namespace, words: str) -> int:
     end_s = begun_s + (options.seconds or (GPU_SECONDS if machine.gpu else CPU_SECONDS))
     signal.signal(signal.SIGTERM, _leave)
     model = options.model or ensure_demo_model(spec=DEMO if options.quick else OPT_125M)
+    if machine.gpu:
+        plan = fitted(plan, room(model))
     setting = Setting(
         machine, sizes, cost, model, Source(model, shaped), Limits(options.ttft_limit, options.tpot_limit),
         options.engine, options.seed, options.nvtx, client_processes=4 if machine.gpu else 1,

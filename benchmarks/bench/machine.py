@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py has no types
 
 import benchmarks
+from benchmarks.bench.fit import Room
 from benchmarks.bench.plan import Machine, Sizes
+from benchmarks.bench.prompts import kv_bytes_per_token
 from deployments.device import gpu_count, vllm_device
 
 ROOT = Path(benchmarks.__file__).parent.parent
@@ -36,9 +39,23 @@ def look() -> Machine:
 
 
 def _gpu_name() -> str:
+    with _gpu() as handle:
+        return str(pynvml.nvmlDeviceGetName(handle))
+
+
+def room(model: Path) -> Room:
+    """The GPU's memory, and what this model takes of it."""
+    with _gpu() as handle:
+        total_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    weights_bytes = sum(file.stat().st_size for suffix in ("safetensors", "bin") for file in model.glob(f"*.{suffix}"))
+    return Room(total_bytes, weights_bytes, kv_bytes_per_token(model))
+
+
+@contextlib.contextmanager
+def _gpu() -> Iterator[Any]:
     pynvml.nvmlInit()
     try:
-        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+        yield pynvml.nvmlDeviceGetHandleByIndex(0)
     finally:
         pynvml.nvmlShutdown()
 
@@ -49,11 +66,8 @@ def facts(machine: Machine) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    pynvml.nvmlInit()
-    try:
+    with _gpu():
         return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def versions() -> dict[str, str]:

@@ -43,12 +43,6 @@ class Members:
     broken: str | None = None
 
 
-def group_of(cell: Cell) -> str:
-    if cell.is_hf:
-        return "hf"
-    return "unmixed" if cell.system == "vllm-mixed-off" else "vllm"
-
-
 @dataclass(frozen=True, slots=True)
 class Recruits:
     """How to start one group: the command, and one spec for each process. `clients`: processes that use the GPU."""

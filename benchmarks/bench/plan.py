@@ -162,6 +162,13 @@ class Cell:
         return {**name, "workload": w.name, "workload_kind": str(w.kind), "limit": w.limit, **lengths}
 
 
+def group_of(cell: Cell) -> str:
+    """Which of a stage's groups of alike processes a cell uses: `vllm`, `unmixed` or `hf`."""
+    if cell.is_hf:
+        return "hf"
+    return "unmixed" if cell.system == "vllm-mixed-off" else "vllm"
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     cell: Cell

@@ -14,7 +14,20 @@ from benchmarks.bench import members as crew
 from benchmarks.bench.machine import engine_arguments, environment, offline_arguments, threads
 from benchmarks.bench.members import Members, Recruits, Report
 from benchmarks.bench.phases import Limits, measured
-from benchmarks.bench.plan import Cell, Cost, Kind, Machine, Plan, Round, Sizes, Stage, estimate_s, kv_tokens, reserve_s
+from benchmarks.bench.plan import (
+    Cell,
+    Cost,
+    Kind,
+    Machine,
+    Plan,
+    Round,
+    Sizes,
+    Stage,
+    estimate_s,
+    group_of,
+    kv_tokens,
+    reserve_s,
+)
 from benchmarks.bench.prompts import Source, kv_bytes_per_token
 from benchmarks.bench.rows import Json, Rows
 from benchmarks.client import Clients, Target, token_events
@@ -112,14 +125,14 @@ class Bench:
             if daemon and clients < sum(m.clients for m in groups.values() if not m.broken):
                 raise EngineError(f"only {clients} processes became MPS clients")
             while todo:
-                self._offline_round(groups[crew.group_of(todo[0].cell)], todo[0], stage)
+                self._offline_round(groups[group_of(todo[0].cell)], todo[0], stage)
                 todo.pop(0)
 
     def recruits(self, rounds: Sequence[Round]) -> Iterator[Recruits]:
         """The groups that the rounds need, each with as many processes as its largest round."""
         of = self._of
         for name in ("vllm", "unmixed", "hf"):
-            mine = [r for r in rounds if crew.group_of(r.cell) == name]
+            mine = [r for r in rounds if group_of(r.cell) == name]
             if not mine:
                 continue
             count = max(r.cell.processes for r in mine)
@@ -146,7 +159,7 @@ class Bench:
         """Each process of the group computes once what its first round will ask: first times load kernels."""
         if members.broken:
             return
-        mine = [r for r in rounds if crew.group_of(r.cell) == members.name and r.cell.workload.kind is Kind.BATCH]
+        mine = [r for r in rounds if group_of(r.cell) == members.name and r.cell.workload.kind is Kind.BATCH]
         # The most processes, and the least work that still reaches each.
         cells = sorted((r.cell for r in mine), key=lambda c: (-c.processes, c.workload.requests))
         for r in [Round(cell, 0, 0) for cell in cells[:1]]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.bench.fit import Room, fitted
 from benchmarks.bench.plan import (
     FULL,
     H200,
@@ -117,6 +118,26 @@ def test_an_engines_kv_cache_holds_the_largest_share_it_is_given() -> None:
     assert kv_tokens(rounds, 0) == 160 * 2048
     assert kv_tokens(rounds, 3) == 40 * 2048
     assert kv_tokens(rounds, 7) == 0
+
+
+def test_a_smaller_gpu_loses_its_largest_batches_first() -> None:
+    """24 GB, as the seed's A10 has: batch 160 goes, batch 10 stays; an H200 keeps everything."""
+    plan = gpu_plan()
+    opt_125m = {"weights_bytes": 250_000_000, "kv_bytes_per_token": 36_864}
+    assert fitted(plan, Room(150_000_000_000, **opt_125m)) == plan
+    small = fitted(plan, Room(24_000_000_000, **opt_125m))
+    left = {r.cell.workload.name for r in small.stages[Stage.MPS] if not r.cell.is_hf}
+    assert "1024/1024, batch 10" in left
+    assert "1024/1024, batch 160" not in left
+    dropped = [s for s in small.skipped if "GiB of GPU memory" in s.reason]
+    rounds = [sum(len(rs) for rs in p.stages.values()) for p in (plan, small)]
+    assert rounds[0] - rounds[1] == 3 * len(dropped) > 0
+
+
+def test_a_gpu_that_is_too_small_for_anything_keeps_its_smallest_workload() -> None:
+    """The engines then say themselves what they lack."""
+    tiny = fitted(gpu_plan(), Room(1, 1, 1))
+    assert len({r.cell.workload.name for r in tiny.stages[Stage.MPS] if not r.cell.is_hf and r.tier < 3}) >= 1
 
 
 @pytest.mark.parametrize(("requests", "processes"), [(10, 4), (160, 4), (7, 7)])
