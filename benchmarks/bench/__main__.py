@@ -73,12 +73,14 @@ def _bench(options: argparse.Namespace, words: str) -> int:
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "rows.jsonl"
-    with file.open("a") as out:
-        rows = record.Rows(out, datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
-        rows.write("run", _about(setting, options, words, plan))
-        with Watch() as watch, Bar(console, plan) as bar:
-            Bench(plan, setting, rows, watch, bar, end_s).run()
-    write_report(record.read([file]), options.out)
+    try:
+        with file.open("a") as out:
+            rows = record.Rows(out, datetime.now(UTC).strftime("%Y%m%dT%H%M%S"))
+            rows.write("run", _about(setting, options, words, plan))
+            with Watch() as watch, Bar(console, plan) as bar:
+                Bench(plan, setting, rows, watch, bar, end_s).run()
+    finally:  # what an interrupted run has measured is reported, too
+        write_report(record.read([file]), options.out)
     console.print(f"{time.monotonic() - begun_s:.0f} s; report: {options.out / 'report.html'}, rows: {file}")
     return 0
 

@@ -22,7 +22,8 @@ pre { background: #f6f6f6; padding: .6em; overflow-x: auto; white-space: pre-wra
 _HOW = (
     "Medians of the runs, least and greatest in brackets. A phase lasts while any request is in it, so with mixed "
     "batching or several processes both run at once. Saved: against one process of the same software (hf-sequential, "
-    "vllm-single). Steady: output tokens in the middle half of a run. docs/bench.md says how each column is measured."
+    "vllm-single). Steady: output tokens in the middle half of a run. SM: without a GPU the CPUs' utilization. "
+    "docs/bench.md says how each column is measured."
 )
 
 
