@@ -24,7 +24,7 @@ from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks import shapes
 from benchmarks.gpu_http import ENGINE
 from benchmarks.serving import free_port
-from deployments import launch, mps, processes
+from deployments import launch, middleware, mps, processes
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class System:
 
     @property
     def run_id(self) -> str:
-        return next(folder.name for folder in launch.runs_folder().glob(f"{self.child.pid}-*"))
+        return next(folder.name for folder in processes.runs_folder().glob(f"{self.child.pid}-*"))
 
     @property
     def board(self) -> Path:
@@ -123,7 +123,7 @@ class System:
         return [p.pid for p in self.processes() if "EngineCore" in _command_of(p)]
 
     def processes(self) -> list[psutil.Process]:
-        pid, ticks = (launch.runs_folder() / self.run_id / "session").read_text().split()
+        pid, ticks = (processes.runs_folder() / self.run_id / "session").read_text().split()
         return processes.of_run(self.run_id, Owner(int(pid), int(ticks)))
 
     def clients(self) -> list[int]:
@@ -142,7 +142,7 @@ class System:
         timeout = aiohttp.ClientTimeout(total=5)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             for slot in slots:
-                async with session.post(self.url + launch.PROBE_PATH, json={"splitwiser_probe": slot}) as answer:
+                async with session.post(self.url + middleware.PROBE_PATH, json={"splitwiser_probe": slot}) as answer:
                     if answer.status != 200:
                         return False
         return True
