@@ -258,6 +258,7 @@ class Fleet:
 
     def __init__(self, kind: str, model: str, arguments: Json, env: dict[str, str], folder: Path) -> None:
         self.kind = kind
+        # Those that are ready; one that is not takes no orders.
         self.members: list[Member] = []
         self._model, self._arguments, self._env, self._folder = model, arguments, env, folder
         self._all_started: list[Member] = []
@@ -270,10 +271,6 @@ class Fleet:
         member.engine.send({"model": self._model, "engine": self._arguments})
         self._all_started.append(member)
         return member
-
-    def wait(self, deadline_s: float) -> None:
-        for member in self.members:
-            member.wait(deadline_s)
 
     def answers(self, deadline_s: float) -> list[Json]:
         """Each engine's tokens for the same prompts, one at a time."""
@@ -387,8 +384,11 @@ class Proof:
         return min(self._deadline_s + 10.0, time.monotonic() + wish_s)
 
     def _start(self, fleet: Fleet) -> None:
-        fleet.members += [fleet.start() for _ in range(self._shape.engines)]
-        fleet.wait(self._limit_s(START_LIMIT_S))
+        started = [fleet.start() for _ in range(self._shape.engines)]
+        limit_s = self._limit_s(START_LIMIT_S)
+        for member in started:
+            member.wait(limit_s)
+        fleet.members += started
         fleet.round(self._shape, 0, self._limit_s(60))
         self._write("start", {"weights": fleet.kind, "engines": [member.row() for member in fleet.members]})
 
@@ -500,9 +500,7 @@ class Proof:
 
     def _verify(self) -> None:
         """The host counts its bytes again: after all these rounds no engine has written one."""
-        from deployments.weight_loader import connect
-
-        with connect(self._house.socket, 5.0) as host:
+        with weights.connect(self._house.socket, 5.0) as host:
             host.settimeout(60)
             weights.send(host, {"ask": "verify"})
             answer, _ = weights.receive(host)

@@ -138,20 +138,6 @@ def test_what_a_host_refuses_is_loaded_privately(site: Site, caplog: pytest.LogC
     assert torch.equal(dict(model.named_parameters())["model.decoder.layers.0.self_attn_layer_norm.weight"], stored)
 
 
-def test_without_a_host_a_replica_says_so(site: Site, tmp_path: Path) -> None:
-    """Neither an endless wait nor private weights that the plan has no room for: one sentence."""
-    with pytest.raises(WeightsError, match="no weight host answers at"):
-        weight_loader.connect(tmp_path / "nobody.sock", 0.2)
-
-
-def test_a_host_that_ended_is_not_waited_for(site: Site, tmp_path: Path) -> None:
-    """A status file of a process that has ended says that no one will come."""
-    ended = '{"state": "loading", "pid": 1, "start_ticks": 1, "followers": []}'
-    (tmp_path / "gone.json").write_text(ended)
-    with pytest.raises(WeightsError, match=r"the weight host \(process 1\) has ended"):
-        weight_loader.connect(tmp_path / "gone.sock", 600.0)
-
-
 def test_weights_are_not_replaced_in_a_running_engine(site: Site) -> None:
     """vLLM's reloading would write into everybody's weights."""
     from vllm.model_executor.model_loader import get_model_loader
