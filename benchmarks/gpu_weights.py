@@ -58,7 +58,7 @@ MAKER = (sys.executable, "-P", "-m", "benchmarks.gpu_weights", "--make")
 END_MARGIN_S = 25.0
 START_LIMIT_S = 170.0
 # On a CPU an engine is a core and a worker beside the process that drives it; one process starts sooner.
-_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 MIB = 1 << 20
 
