@@ -23,8 +23,9 @@ from monitoring.sampler import visible_indices
 # vLLM checks its share of the card at start; the KV cache is pinned by the plan, so the share only has to be small.
 _LITTLE_UTILIZATION = 0.05
 _CLIENT_WITHIN_S = 20.0
-# Engines may start together where all of them could be this much larger than planned and still leave the card room.
-_ENGINE_GROWTH = 0.25
+# Engines may start together where all of them could be this much larger than planned, which itself lies above whatever
+# was measured, and the card would still hold them.
+_ENGINE_GROWTH = 0.1
 
 EnginesOf = Callable[[Sequence[int]], list[mps.ProcessIdentity]]
 """The engine processes on these GPUs."""

@@ -255,7 +255,7 @@ def test_a_first_replica_that_is_too_large_refuses_the_others(house: House, monk
 
 
 @pytest.mark.parametrize(("start", "reserve_gib", "waits"), [
-    ("auto", 4.0, False), ("auto", 1.0, True), ("together", 1.0, False), ("first_alone", 4.0, True),
+    ("auto", 4.0, False), ("auto", 0.5, True), ("together", 0.5, False), ("first_alone", 4.0, True),
 ])  # fmt: skip
 def test_replicas_start_together_where_the_plan_leaves_room_for_error(
     house: House, start: str, reserve_gib: float, waits: bool
