@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
 
+from balancer.board import board_path
 from deployments import memory, mps, numeric_check
 from deployments.config import ConfigError, ServeArgs
 from deployments.demo_model import ensure_demo_model, is_demo
@@ -23,6 +24,12 @@ from monitoring.sampler import visible_indices
 # vLLM checks its share of the card at start; the KV cache is pinned by the plan, so the share only has to be small.
 _LITTLE_UTILIZATION = 0.05
 _CLIENT_WITHIN_S = 20.0
+_COMPUTE_MODES = {
+    pynvml.NVML_COMPUTEMODE_DEFAULT: "Default",
+    pynvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD: "Exclusive_Thread",
+    pynvml.NVML_COMPUTEMODE_PROHIBITED: "Prohibited",
+    pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: "Exclusive_Process",
+}
 # Engines may start together where all of them could be this much larger than planned, which itself lies above whatever
 # was measured, and the card would still hold them.
 _ENGINE_GROWTH = 0.1
@@ -62,7 +69,7 @@ def this_card(index: int = 0) -> memory.Card:
 
 def weights_read_s(args: ServeArgs) -> float:
     """Seconds that the GPU's memory needs to read the model's weights once, at the bandwidth that NVML tells."""
-    return plan(args, this_card()).shape.weights_bytes / _dram_bytes_per_s()
+    return shape_of(args).weights_bytes / _dram_bytes_per_s()
 
 
 def _dram_bytes_per_s(index: int = 0) -> float:
@@ -81,18 +88,10 @@ def plan(args: ServeArgs, card: memory.Card, mps_used: bool | None = None) -> me
 
     `mps_used` None: as this machine would.
     """
-    path = model_path(args)
-    config = _model_config(path)
-    engine = {key: value for key, value in args.engine.items() if value is not None}
-    shape = memory.model_shape(
-        config,
-        _checkpoint_bytes(path),
-        dtype=str(engine.get("dtype", "auto")),
-        kv_cache_dtype=str(engine.get("kv_cache_dtype", "auto")),
-    )
+    engine = _engine_arguments(args)
     demand = memory.Demand(
         replicas=args.replicas,
-        max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), config),
+        max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), _model_config(model_path(args))),
         max_num_seqs=int(engine.get("max_num_seqs", 256)),
         max_num_batched_tokens=int(engine.get("max_num_batched_tokens", 8192)),
         kv_block_tokens=int(engine.get("block_size", 16)),
@@ -100,7 +99,22 @@ def plan(args: ServeArgs, card: memory.Card, mps_used: bool | None = None) -> me
         reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
         mps=uses_mps(args) if mps_used is None else mps_used,
     )
-    return memory.plan_memory(card, shape, demand)
+    return memory.plan_memory(card, shape_of(args), demand)
+
+
+def shape_of(args: ServeArgs) -> memory.ModelShape:
+    """The model's shape, its weights as large as their files. Raises MemoryPlanError for a model it cannot size."""
+    path, engine = model_path(args), _engine_arguments(args)
+    return memory.model_shape(
+        _model_config(path),
+        _checkpoint_bytes(path),
+        dtype=str(engine.get("dtype", "auto")),
+        kv_cache_dtype=str(engine.get("kv_cache_dtype", "auto")),
+    )
+
+
+def _engine_arguments(args: ServeArgs) -> dict[str, Any]:
+    return {key: value for key, value in args.engine.items() if value is not None}
 
 
 def _max_model_len(wanted: int, config: dict[str, Any]) -> int:
@@ -160,13 +174,36 @@ def tightest(args: ServeArgs, cards: Iterable[memory.Card]) -> memory.MemoryPlan
     return min((plan(args, card) for card in cards), key=lambda made: made.kv_cache_bytes)
 
 
+def check_mode(args: ServeArgs, paths: mps.MpsPaths, facts: mps.GpuFacts) -> None:
+    """Whether a GPU's compute mode, and MPS where it is used, let all replicas in. Raises MpsError."""
+    if uses_mps(args):
+        mps.preflight(mps.ControlProgram(), paths, replicas=args.total_replicas, uid=os.getuid(), gpu=facts)
+    elif facts.compute_mode == "Prohibited" or (facts.compute_mode == "Exclusive_Process" and args.replicas > 1):
+        raise mps.MpsError(
+            mps.MpsCause.EXCLUSIVE_MODE,
+            f"the GPU's compute mode is {facts.compute_mode}, which does not let {args.replicas} replica(s) in without"
+            " MPS: have it set to Default, or set mps to 'on'",
+        )
+
+
+def gpu_facts(index: int) -> mps.GpuFacts:
+    """The compute mode of GPU `index`, and the processes that use it."""
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        mode = _COMPUTE_MODES[pynvml.nvmlDeviceGetComputeMode(handle)]
+        return mps.GpuFacts(mode, tuple(p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)))
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def check(args: ServeArgs, name: str) -> str:
     """Refuse what cannot work before anything starts, and return the plan as a table. Raises ConfigError."""
     try:
         gpus = chosen_gpus(args.gpus)
-        table = memory.render(tightest(args, map(this_card, gpus)))
-        if uses_mps(args):
-            mps.preflight(mps.ControlProgram(), mps_paths(name), replicas=args.total_replicas, uid=os.getuid())
+        table = memory.render(tightest(args, _cards_before(board_path(name), gpus).values()))
+        for gpu in gpus:
+            check_mode(args, mps_paths(name), gpu_facts(gpu))
     except (memory.MemoryPlanError, mps.MpsError) as error:
         raise ConfigError(str(error)) from error
     return table if args.gpus == 1 else f"{table}\nthe same on each of the GPUs {', '.join(map(str, gpus))}"
@@ -183,6 +220,7 @@ class GpuHouse:
         self._log = log
         self.gpus = chosen_gpus(args.gpus)
         self._before = _cards_before(board, self.gpus)
+        _note_cards(board, self._before)
         self._plan = tightest(args, self._before.values())
         self.losses = LossFile(board)
         self._keeper: MpsKeeper | None = None
@@ -288,13 +326,21 @@ def _daemon(name: str) -> mps.MpsDaemon:
 
 
 def _cards_before(board: Path, gpus: Iterable[int]) -> dict[int, memory.Card]:
-    """The cards as they were before any replica of this run, whichever device manager of the run asks."""
-    path = board.with_name(board.name + ".cards")
+    """The cards as they were before any replica of this run, also for who asks while replicas hold their memory."""
     cards = {gpu: this_card(gpu) for gpu in gpus}
-    if not path.exists():
-        path.write_text(json.dumps({gpu: card.used_bytes for gpu, card in cards.items()}))
-    used = {int(gpu): used for gpu, used in json.loads(path.read_text()).items()}
-    return {gpu: replace(card, used_bytes=used[gpu]) for gpu, card in cards.items()}
+    try:
+        noted = json.loads(_cards_file(board).read_text())
+    except FileNotFoundError:
+        return cards
+    return {gpu: replace(card, used_bytes=noted.get(str(gpu), card.used_bytes)) for gpu, card in cards.items()}
+
+
+def _note_cards(board: Path, cards: Mapping[int, memory.Card]) -> None:
+    _cards_file(board).write_text(json.dumps({gpu: card.used_bytes for gpu, card in cards.items()}))
+
+
+def _cards_file(board: Path) -> Path:
+    return board.with_name(board.name + ".cards")
 
 
 def _model_config(path: str) -> dict[str, Any]:

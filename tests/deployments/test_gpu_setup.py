@@ -44,6 +44,7 @@ class House:
         monkeypatch.setenv("PATH", f"{self.binary.parent}:{os.environ['PATH']}")
         monkeypatch.setattr(gpu_setup, "mps_paths", lambda name: self.paths)
         monkeypatch.setattr(gpu_setup, "chosen_gpus", lambda count: tuple(range(count)))
+        monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts())
         monkeypatch.setattr(gpu_setup, "_uuid", lambda index: f"GPU-{index}")
         self.board = folder / "board"
         self.show(monkeypatch, H200)
@@ -274,6 +275,8 @@ def test_a_manager_that_is_restarted_plans_as_the_first_one(house: House, monkey
     settings = first.settings(0)
     first.close()
     house.show(monkeypatch, Card("H200", H200.total_bytes, 130 * GIB))
+    monkeypatch.setattr(gpu_setup, "board_path", lambda name: house.board)
+    assert check(house.args(), "1-1").startswith("H200: 139.70 GiB, 4 replica(s)")  # as for a change while it serves
     second = house.gpus()
     try:
         assert second.settings(0).engine == settings.engine
@@ -315,3 +318,28 @@ def test_a_model_is_a_folder_or_a_name_unless_it_is_the_demo(
     assert model_path(house.args()) == str(house.model)
     assert model_path(parse_args({"model": "org/name"})) == "org/name"
     assert model_path(parse_args({"model": "demo"})) == str(tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("wish", "mode", "says"),
+    [
+        ("on", "Prohibited", "the GPU's compute mode is Prohibited: have it set to Default"),
+        ("on", "Exclusive_Process", r"processes outside MPS hold it \(77\): end them"),
+        ("off", "Exclusive_Process", r"which does not let 4 replica\(s\) in without MPS: have it set to Default"),
+        ("off", "Prohibited", "the GPU's compute mode is Prohibited"),
+    ],
+)
+def test_a_compute_mode_that_keeps_replicas_out_is_named(
+    house: House, monkeypatch: pytest.MonkeyPatch, wish: str, mode: str, says: str
+) -> None:
+    """Before weights load; CUDA would only say that the device is busy or unavailable."""
+    monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts(mode, (77,)))
+    with pytest.raises(ConfigError, match=says):
+        check(house.args(mps=wish), "1-1")
+
+
+def test_an_exclusive_gpu_is_enough_for_one_process(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One replica without MPS, or several as clients of the one server."""
+    monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts("Exclusive_Process"))
+    assert check(house.args(mps="off", replicas=1), "1-1")
+    assert check(house.args(mps="on"), "1-1")
