@@ -112,8 +112,12 @@ def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
         start = {"system": name, "shape": options.shape, "start_s": round(time.monotonic() - began_s, 1)}
         run(_load(server, SHAPES[options.shape], 32, 64, stream=False, tokens=(64, 16)), 2)
         for balancer in options.balancers if server.folder else [None]:
-            if balancer:
-                _apply(server, balancer)
+            if balancer and balancer != "gpu_aware":
+                try:
+                    _apply(server, balancer)
+                except subprocess.CalledProcessError as error:
+                    _write(options.out, {**start, "balancer": balancer, "failure": str(error)})
+                    continue
             with _recording(server, options.record if balancer == "gpu_aware" else None):
                 _loads(server, {**start, "balancer": balancer}, setup, options)
             if balancer == "gpu_aware":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         "--run", metavar="NAME", help="a run's folder name, where several go on (default: the youngest)"
     )
     change.set_defaults(command=_apply)
+    # No prefix characters: whatever follows belongs to the bench, its options and --help too.
+    bench = commands.add_parser("bench", help="the experiments of Splitwiser here", add_help=False, prefix_chars="\0")
+    bench.add_argument("words", nargs="*")
+    bench.set_defaults(command=_bench)
     decisions = commands.add_parser("decisions", help="the router's last decisions and what they were made from")
     decisions.set_defaults(command=_decisions)
     for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
@@ -65,6 +70,11 @@ def _serve(options: argparse.Namespace) -> int:
     from deployments.launch import serve
 
     return serve(options.file, options.plain)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Becomes `python -m benchmarks.bench`: nothing here imports what measures it, and Ctrl-C reaches it directly."""
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.bench", *options.words])
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -138,8 +148,7 @@ def _newest_run(name: str | None = None) -> Path:
 
 
 def _living() -> list[Path]:
-    from deployments.launch import runs_folder
-    from deployments.processes import run_alive
+    from deployments.processes import run_alive, runs_folder
 
     return [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
 

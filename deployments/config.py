@@ -187,6 +187,7 @@ class ServeArgs(_Strict):
     device: Literal["auto", "gpu", "cpu"] = "auto"
     gpus: int = Field(1, ge=1, le=GPU_RECORDS, strict=True)
     mps: Literal["auto", "on", "off"] = "auto"
+    weights: Literal["auto", "shared", "private"] = "auto"
     mps_limits: MpsLimitsConfig = MpsLimitsConfig()
     start: Literal["auto", "together", "first_alone"] = "auto"
     cpu_pinning: Literal["auto", "off"] = "auto"

@@ -7,17 +7,19 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from balancer.board import REPLICA_SLOTS, Board, GpuWriter, Owner
 from balancer.readings import GpuReading
-from deployments import cores, mps, notices, processes
+from deployments import cores, mps, notices, processes, weights
 from deployments.config import ServeArgs, parse_args
-from deployments.gpu_setup import EngineSettings, GpuHouse
+from deployments.gpu_setup import EngineSettings, GpuHouse, model_path, why_private
 from deployments.mps_watch import MpsWatch
 from deployments.places import Places, RestartPolicy
+from deployments.processes import WEIGHTS_VARIABLE
+from deployments.weight_house import WeightHouse, folder_of, lifeline
 from monitoring.exporter import Exporter
 from monitoring.exposition import MpsView
 from monitoring.sampler import Sampler, open_reader
@@ -55,6 +57,7 @@ class DeviceManager:
         self._places = Places(args.total_replicas, policy)
         self._cores = _core_shares(args)
         self._house = GpuHouse(args, run, self._path, self._engines_of, logger) if device == "gpu" else None
+        self._weights = self._weight_houses(raw_args, run)
         self._board = Board.open(self._path)
         self._writers: dict[int, GpuWriter] = {}
         self._reader = open_reader(int(args.monitoring.memory_reserve_gib * 2**30), logger)
@@ -86,7 +89,7 @@ class DeviceManager:
     def started(self, replica_id: str, gpu: int, engine_pids: list[int]) -> None:
         """The replica's engine is up. Raises MpsError unless its processes are MPS clients where they have to be."""
         if self._house:
-            self._house.started(gpu, engine_pids)
+            self._house.started(gpu, [*engine_pids, *self._hosts_of([gpu])])
         self._places.ready(replica_id, time.monotonic())
 
     def ended(self, replica_id: str, planned: bool) -> None:
@@ -114,8 +117,34 @@ class DeviceManager:
         while self._writers:
             self._writers.popitem()[1].release()
         self._board.leave()
+        for host in self._weights.values():
+            host.dismiss()
         if self._house:
             self._house.close()
+
+    def _weight_houses(self, raw_args: dict[str, Any], run: str) -> dict[int, WeightHouse]:
+        """A weight host's keeper for each GPU; none where weights are private."""
+        args, on = self._args, "gpu" if self._house else "cpu"
+        if why := why_private(args, on):
+            logger.warning("the weights are not shared: %s", why)
+            return {}
+        shared = self._house.weights_shared if self._house else weights.wanted(args.weights, args.replicas, on)
+        gpus = self._house.gpus if self._house else (0,)
+        return {gpu: self._weight_house(raw_args, run, gpu) for gpu in gpus} if shared else {}
+
+    def _weight_house(self, raw_args: dict[str, Any], run: str, gpu: int) -> WeightHouse:
+        engine = self._house.settings(gpu).engine if self._house else {}
+        folder = folder_of(run) / f"gpu{gpu}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return WeightHouse(folder, raw_args, model_path(self._args), engine, lifeline(run))
+
+    def _share_no_more(self, why: str) -> None:
+        logger.warning("the weights are not shared: %s; replicas that start from now on are planned for it", why)
+        for house in self._weights.values():
+            house.dismiss()
+        self._weights.clear()
+        if self._house:
+            self._house.plan_private_weights()
 
     def _watch_mps(self) -> None:
         if self._house:
@@ -124,17 +153,37 @@ class DeviceManager:
     def _permission(self, place: int, gpu: int) -> Permission:
         cores = self._cores[place] if self._cores else ()
         if self._house is None:
-            return Permission(place, 0, 0, cores, EngineSettings())
-        return Permission(place, gpu, self._house.losses.read().epoch(gpu), cores, self._house.settings(gpu))
+            return Permission(place, 0, 0, cores, self._with_weights(0, EngineSettings()))
+        epoch = self._house.losses.read().epoch(gpu)
+        return Permission(place, gpu, epoch, cores, self._with_weights(gpu, self._house.settings(gpu)))
+
+    def _with_weights(self, gpu: int, settings: EngineSettings) -> EngineSettings:
+        """Where weights are shared their host is started, or started anew if it has ended; the replica waits for it."""
+        house = self._weights.get(gpu)
+        if house and (why := house.refused()):
+            self._share_no_more(why)
+            return self._house.settings(gpu) if self._house else EngineSettings()
+        if house is None:
+            return settings
+        house.ensure(settings.environment)
+        return replace(
+            settings,
+            engine={**settings.engine, **house.arguments()},
+            environment={**settings.environment, WEIGHTS_VARIABLE: "1"},
+        )
+
+    def _hosts_of(self, gpus: Sequence[int]) -> list[int]:
+        statuses = [house.status() for gpu, house in self._weights.items() if gpu in gpus]
+        return [status.pid for status in statuses if status is not None]
 
     def _gpu_of(self, place: int) -> int:
         return self._house.gpus[place // self._args.replicas] if self._house else 0
 
     def _engines_of(self, gpus: Sequence[int]) -> list[mps.ProcessIdentity]:
-        """What the replicas on these GPUs have started: engine processes, also of those that are starting."""
+        """What the replicas on these GPUs have started, also those that are starting, and the hosts of weights."""
         parents = [process.pid for i, process in self._places.processes().items() if self._gpu_of(i) in gpus]
-        found = (mps.identify(pid) for parent in parents for pid in processes.engines_of(parent))
-        return [process for process in found if process is not None]
+        pids = [pid for parent in parents for pid in processes.engines_of(parent)] + self._hosts_of(gpus)
+        return [process for process in map(mps.identify, pids) if process is not None]
 
     def _export(self, args: ServeArgs, board: Path) -> Exporter | None:
         port = args.monitoring.exporter_port

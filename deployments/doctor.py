@@ -165,7 +165,7 @@ def _haproxy() -> Iterator[Finding]:
 
 
 def _leftovers() -> Iterator[Finding]:
-    dead = [folder for folder in launch.runs_folder().glob("*-*") if not processes.run_alive(folder.name)]
+    dead = [folder for folder in processes.runs_folder().glob("*-*") if not processes.run_alive(folder.name)]
     left = [name for folder in dead for name in launch.left_of(folder)]
     held = f" with {len(left)} processes ({', '.join(left[:4])})" if left else ""
     mend = "the next `splitwiser serve` ends and removes them" if dead else ""

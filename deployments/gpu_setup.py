@@ -14,7 +14,7 @@ from typing import Any
 import pynvml  # type: ignore[import-untyped]
 
 from balancer.board import board_path
-from deployments import memory, mps, numeric_check
+from deployments import memory, mps, numeric_check, weights
 from deployments.config import ConfigError, ServeArgs
 from deployments.demo_model import ensure_demo_model, is_demo
 from deployments.mps_keeper import MpsKeeper
@@ -83,23 +83,26 @@ def _dram_bytes_per_s(index: int = 0) -> float:
         pynvml.nvmlShutdown()
 
 
-def plan(args: ServeArgs, card: memory.Card, mps_used: bool | None = None) -> memory.MemoryPlan:
+def plan(
+    args: ServeArgs, card: memory.Card, mps_used: bool | None = None, weights_shared: bool | None = None
+) -> memory.MemoryPlan:
     """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold.
 
-    `mps_used` None: as this machine would.
+    `mps_used` None: as this machine would. `weights_shared` None: as follows from the arguments and the model.
     """
-    engine = _engine_arguments(args)
+    config, engine, shape = _model_config(model_path(args)), _engine_arguments(args), shape_of(args)
     demand = memory.Demand(
         replicas=args.replicas,
-        max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), _model_config(model_path(args))),
+        max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), config),
         max_num_seqs=int(engine.get("max_num_seqs", 256)),
         max_num_batched_tokens=int(engine.get("max_num_batched_tokens", 8192)),
         kv_block_tokens=int(engine.get("block_size", 16)),
         kv_cache_bytes=engine.get("kv_cache_memory_bytes"),
         reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
+        weights_shared=_shares(args, config, shape.weights_bytes) if weights_shared is None else weights_shared,
         mps=uses_mps(args) if mps_used is None else mps_used,
     )
-    return memory.plan_memory(card, shape_of(args), demand)
+    return memory.plan_memory(card, shape, demand)
 
 
 def shape_of(args: ServeArgs) -> memory.ModelShape:
@@ -115,6 +118,20 @@ def shape_of(args: ServeArgs) -> memory.ModelShape:
 
 def _engine_arguments(args: ServeArgs) -> dict[str, Any]:
     return {key: value for key, value in args.engine.items() if value is not None}
+
+
+def _shares(args: ServeArgs, config: dict[str, Any], weights_bytes: int) -> bool:
+    """`auto` shares only where that saves memory: the weight host needs some for itself."""
+    if not weights.wanted(args.weights, args.replicas, "gpu") or weights.why_private(config, args.engine):
+        return False
+    return args.weights == "shared" or memory.sharing_saves_bytes(weights_bytes, args.replicas) > 0
+
+
+def why_private(args: ServeArgs, on: str) -> str | None:
+    """Why weights that were wished to be shared are not, as far as is known before loading; None otherwise."""
+    if not weights.wanted(args.weights, args.replicas, on):
+        return None
+    return weights.why_private(_model_config(model_path(args)), args.engine)
 
 
 def _max_model_len(wanted: int, config: dict[str, Any]) -> int:
@@ -169,9 +186,9 @@ def _uuid(index: int) -> str:
     return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
 
 
-def tightest(args: ServeArgs, cards: Iterable[memory.Card]) -> memory.MemoryPlan:
+def tightest(args: ServeArgs, cards: Iterable[memory.Card], weights_shared: bool | None = None) -> memory.MemoryPlan:
     """One plan for all cards: replicas are alike everywhere, so the fullest card decides. Raises MemoryPlanError."""
-    return min((plan(args, card) for card in cards), key=lambda made: made.kv_cache_bytes)
+    return min((plan(args, card, None, weights_shared) for card in cards), key=lambda made: made.kv_cache_bytes)
 
 
 def check_mode(args: ServeArgs, paths: mps.MpsPaths, facts: mps.GpuFacts) -> None:
@@ -206,7 +223,10 @@ def check(args: ServeArgs, name: str) -> str:
             check_mode(args, mps_paths(name), gpu_facts(gpu))
     except (memory.MemoryPlanError, mps.MpsError) as error:
         raise ConfigError(str(error)) from error
-    return table if args.gpus == 1 else f"{table}\nthe same on each of the GPUs {', '.join(map(str, gpus))}"
+    more = [] if args.gpus == 1 else [f"the same on each of the GPUs {', '.join(map(str, gpus))}"]
+    if why := why_private(args, "gpu"):
+        more.append(f"the weights are not shared: {why}")
+    return "\n".join([table, *more])
 
 
 class GpuHouse:
@@ -234,6 +254,15 @@ class GpuHouse:
     def keeper(self) -> MpsKeeper | None:
         """None where replicas run outside MPS."""
         return self._keeper
+
+    @property
+    def weights_shared(self) -> bool:
+        """Whether the plan counts the weights once."""
+        return self._plan.demand.weights_shared
+
+    def plan_private_weights(self) -> None:
+        """From now on the plan counts the weights in every replica. Raises MemoryPlanError when that does not fit."""
+        self._plan = tightest(self._args, self._before.values(), weights_shared=False)
 
     def settings(self, gpu: int) -> EngineSettings:
         """What a replica on `gpu` adds to its engine's arguments and environment."""

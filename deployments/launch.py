@@ -29,7 +29,7 @@ from balancer.readings import ReplicaState
 from deployments import device, gpu_setup, live, notices, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
-from deployments.processes import RUN_VARIABLE
+from deployments.processes import RUN_VARIABLE, runs_folder
 from deployments.targets import Targets
 from monitoring import discovery
 
@@ -91,11 +91,6 @@ class Run:
     @property
     def board(self) -> Path:
         return board_path(self.run_id)
-
-
-def runs_folder() -> Path:
-    """Short on purpose: HAProxy allows a socket's path 97 characters, of which Serve puts a node id of 56 into it."""
-    return Path(f"/tmp/sw-{os.geteuid()}")
 
 
 def environment(run: Run) -> dict[str, str]:

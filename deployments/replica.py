@@ -56,7 +56,7 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Door:
         """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
         self._tasks.append(asyncio.create_task(self._slot.beat()))
-        os.environ[ENGINE_VARIABLE] = "1"
+        os.environ[ENGINE_VARIABLE] = str(os.getpid())
         self._permission = await self._permitted()
         settings = self._permission.settings
         os.environ.update(settings.environment)

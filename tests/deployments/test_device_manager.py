@@ -141,3 +141,66 @@ def test_a_sampler_that_ended_is_unhealthy(path: Path) -> None:
     with pytest.raises(RuntimeError, match="sampler has stopped"):
         manager.check_health()
     manager.__del__()
+
+
+class HouseOfWeights:
+    """Stands in for the weight host's supervisor, and remembers what it was asked."""
+
+    def __init__(self, folder: Path, args: object, model: str, engine: object, lifeline: object) -> None:
+        self.model, self.environments, self.why, self.dismissed = model, [], "", 0
+        HouseOfWeights.made = self
+
+    made: HouseOfWeights
+    environments: list[dict[str, str]]
+
+    def refused(self) -> str | None:
+        return self.why or None
+
+    def ensure(self, environment: dict[str, str]) -> None:
+        self.environments.append(environment)
+
+    def arguments(self) -> dict[str, str]:
+        return {"load_format": "theirs"}
+
+    def status(self) -> None:
+        return None
+
+    def dismiss(self) -> None:
+        self.dismissed += 1
+
+
+@pytest.fixture
+def sharing(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceManager]:
+    """A manager that is asked to share the weights of an ordinary model."""
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    monkeypatch.setattr(device_manager, "WeightHouse", HouseOfWeights)
+    monkeypatch.setattr(device_manager, "folder_of", lambda run: tmp_path)
+    manager = DeviceManager({"weights": "shared", "model": str(tmp_path)}, "cpu", str(path), "test")
+    yield manager
+    manager.__del__()
+    assert HouseOfWeights.made.dismissed == 1
+
+
+def test_a_replica_is_sent_to_the_weight_host(sharing: DeviceManager, tmp_path: Path) -> None:
+    """Whoever starts finds a living host on the same GPU, and its engine knows the loader."""
+    settings = sharing.may_start("a", os.getpid()).settings
+    assert settings.engine == {"load_format": "theirs"}
+    assert settings.environment == {device_manager.WEIGHTS_VARIABLE: "1"}
+    assert HouseOfWeights.made.model == str(tmp_path)
+    assert HouseOfWeights.made.environments == [{}]
+
+
+def test_what_the_host_refuses_is_no_longer_asked_of_it(sharing: DeviceManager) -> None:
+    """Once the host has found that the model cannot be shared, it is dismissed and replicas load by themselves."""
+    HouseOfWeights.made.why = "too strange"
+    assert sharing.may_start("a", os.getpid()).settings == EngineSettings()
+    assert HouseOfWeights.made.dismissed == 1
+    assert sharing.may_start("a", os.getpid()).settings == EngineSettings()
+
+
+def test_a_model_that_cannot_be_shared_gets_no_host(path: Path, tmp_path: Path) -> None:
+    """A quantized model is known before anything starts."""
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    manager = DeviceManager({"weights": "shared", "model": str(tmp_path)}, "cpu", str(path), "test")
+    assert manager.may_start("a", os.getpid()).settings == EngineSettings()
+    manager.__del__()

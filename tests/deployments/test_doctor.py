@@ -22,7 +22,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a GPU, with free ports and no earlier runs, whatever the real one is."""
     monkeypatch.setattr(doctor.device, "gpu_count", lambda: 0)
     monkeypatch.setattr(doctor.device, "resolve", lambda args: "cpu")
-    monkeypatch.setattr(launch, "runs_folder", lambda: tmp_path / "runs")
+    monkeypatch.setattr(doctor.processes, "runs_folder", lambda: tmp_path / "runs")
     monkeypatch.setattr(launch, "ray_ports", lambda: {})
     monkeypatch.setattr(doctor, "_memory", lambda: iter(()))
     return tmp_path

@@ -128,6 +128,35 @@ def test_a_check_shows_the_plan(house: House) -> None:
     assert not house.paths.pipe.exists()
 
 
+def test_weights_are_counted_once_where_that_saves_memory(house: House) -> None:
+    """`auto` shares the weights of four replicas, keeps two private whose host would take more, and obeys a wish."""
+    assert plan(house.args(), H200).demand.weights_shared
+    assert not plan(house.args(replicas=2), H200).demand.weights_shared
+    assert plan(house.args(replicas=2, weights="shared"), H200).demand.weights_shared
+    assert not plan(house.args(weights="private"), H200).demand.weights_shared
+
+
+def test_a_model_that_cannot_be_shared_is_planned_privately_and_says_why(house: House) -> None:
+    """The table ends with the reason, and the plan counts every replica's own weights."""
+    house.configure(OPT | {"quantization_config": {"quant_method": "gptq"}})
+    (house.model / "model.safetensors").write_bytes(b"x" * 1000)
+    assert not plan(house.args(weights="shared"), H200).demand.weights_shared
+    assert check(house.args(), "1-1").endswith(
+        "the weights are not shared: a quantized model's layers repack their weights in each engine"
+    )
+
+
+def test_a_house_can_go_back_to_private_weights(house: House) -> None:
+    """When the host finds that the model cannot be shared, later replicas get a smaller KV cache each."""
+    manager = house.gpus(mps="off")
+    before = manager.settings(0).engine["kv_cache_memory_bytes"]
+    assert manager.weights_shared
+    manager.plan_private_weights()
+    assert not manager.weights_shared
+    assert manager.settings(0).engine["kv_cache_memory_bytes"] < before
+    manager.close()
+
+
 def test_what_does_not_fit_is_refused(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many replicas for the card: one sentence that names how many would fit."""
     house.show(monkeypatch, Card("small", 8 * GIB))
