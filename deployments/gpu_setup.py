@@ -324,9 +324,10 @@ class GpuHouse:
         return self._args.start == "together" or (self._args.start == "auto" and self._plan.tolerates(_ENGINE_GROWTH))
 
     def _correct(self, gpu: int) -> None:
-        now = this_card(gpu)
+        now, made = this_card(gpu), self._plan
+        measured = now.used_bytes - self._before[gpu].used_bytes - made.common_bytes
         try:
-            corrected = memory.correct(self._plan, now.used_bytes - self._before[gpu].used_bytes, now.free_bytes)
+            corrected = memory.correct(made, measured, now.free_bytes)
         except memory.MemoryPlanError as error:
             self.refusal = f"the first replica on GPU {gpu} was measured, and {error}"
             return

@@ -262,8 +262,8 @@ def test_the_first_replica_is_measured_before_the_others_start(house: House, mon
     try:
         assert not manager.must_wait(0, others_starting=0)
         assert manager.must_wait(0, others_starting=1)
-        held = plan(house.args(), H200).replica_bytes
-        house.show(monkeypatch, Card("H200", H200.total_bytes, held))
+        made = plan(house.args(), H200)
+        house.show(monkeypatch, Card("H200", H200.total_bytes, made.needed_bytes - 3 * made.replica_bytes))
         manager.started(0, [])
         assert not manager.must_wait(0, others_starting=1)
         assert manager.refusal == ""
@@ -275,7 +275,8 @@ def test_a_first_replica_that_is_too_large_refuses_the_others(house: House, monk
     """The sentence names the setting to change, before any other has loaded."""
     manager = house.gpus(start="first_alone")
     try:
-        held = plan(house.args(), H200).replica_bytes
+        made = plan(house.args(), H200)
+        held = made.needed_bytes - 3 * made.replica_bytes
         house.show(monkeypatch, Card("H200", H200.total_bytes, held + 10 * GIB))
         manager.started(0, [])
         assert "the first replica on GPU 0 was measured, and the first replica takes" in manager.refusal
