@@ -315,7 +315,6 @@ class GpuHouse:
         return ""
 
     def close(self) -> None:
-        self.losses.remove()
         if self._keeper is not None:
             self._keeper.close()
 
@@ -358,10 +357,9 @@ def _daemon(name: str) -> mps.MpsDaemon:
 def _cards_before(board: Path, gpus: Iterable[int]) -> dict[int, memory.Card]:
     """The cards as they were before any replica of this run, also for who asks while replicas hold their memory."""
     cards = {gpu: this_card(gpu) for gpu in gpus}
-    try:
-        noted = json.loads(_cards_file(board).read_text())
-    except FileNotFoundError:
+    if not board.exists() or not _cards_file(board).exists():  # without a board, what was noted is an older run's
         return cards
+    noted = json.loads(_cards_file(board).read_text())
     return {gpu: replace(card, used_bytes=noted.get(str(gpu), card.used_bytes)) for gpu, card in cards.items()}
 
 

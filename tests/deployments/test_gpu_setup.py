@@ -304,6 +304,7 @@ def test_a_manager_that_is_restarted_plans_as_the_first_one(house: House, monkey
     first = house.gpus()
     settings = first.settings(0)
     first.close()
+    house.board.touch()
     house.show(monkeypatch, Card("H200", H200.total_bytes, 130 * GIB))
     monkeypatch.setattr(gpu_setup, "board_path", lambda name: house.board)
     assert check(house.args(), "1-1").startswith("H200: 139.70 GiB, 4 replica(s)")  # as for a change while it serves
@@ -373,3 +374,14 @@ def test_an_exclusive_gpu_is_enough_for_one_process(house: House, monkeypatch: p
     monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts("Exclusive_Process"))
     assert check(house.args(mps="off", replicas=1), "1-1")
     assert check(house.args(mps="on"), "1-1")
+
+
+def test_what_an_older_run_noted_is_not_believed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a living board there is no run that could hold the memory."""
+    house.gpus().close()
+    house.show(monkeypatch, Card("H200", H200.total_bytes, 100 * GIB))
+    second = house.gpus()
+    try:
+        assert second.settings(0).engine["kv_cache_memory_bytes"] < 10 * GIB
+    finally:
+        second.close()
