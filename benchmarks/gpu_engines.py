@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.workers import Engine
+from deployments.gpu_setup import visible_gpus
 
 Json = dict[str, Any]
 WORKER_COMMAND = (sys.executable, "-m", "benchmarks.gpu_engines", "--worker")
@@ -357,7 +358,7 @@ class GpuSampler:
 
         self._nvml = pynvml
         pynvml.nvmlInit()
-        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(visible_gpus()[0])
         self._samples: list[GpuSample] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)

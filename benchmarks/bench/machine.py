@@ -18,6 +18,7 @@ from benchmarks.bench.fit import Room
 from benchmarks.bench.plan import Machine, Sizes
 from benchmarks.bench.prompts import kv_bytes_per_token
 from deployments.device import gpu_count, vllm_device
+from deployments.gpu_setup import visible_gpus
 
 ROOT = Path(benchmarks.__file__).parent.parent
 CAPTURED_BATCHES = [1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256]
@@ -55,7 +56,7 @@ def room(model: Path) -> Room:
 def _gpu() -> Iterator[Any]:
     pynvml.nvmlInit()
     try:
-        yield pynvml.nvmlDeviceGetHandleByIndex(0)
+        yield pynvml.nvmlDeviceGetHandleByIndex(visible_gpus()[0])
     finally:
         pynvml.nvmlShutdown()
 
