@@ -16,7 +16,7 @@ from balancer.board import Board
 from balancer.readings import GpuReading, GpuSource
 from deployments import device_manager, notices
 from deployments.device_manager import DeviceManager, Permission
-from deployments.gpu_setup import EngineSettings
+from deployments.gpu_house import EngineSettings
 from deployments.notices import LossFile
 from monitoring.sampler import open_reader
 

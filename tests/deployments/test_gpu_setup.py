@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from deployments import gpu_setup, mps
+from deployments import gpu_setup, mps, numeric_check
 from deployments.config import ConfigError, parse_args
-from deployments.gpu_setup import GpuHouse, check, model_path, plan, uses_mps
+from deployments.gpu_house import GpuHouse
+from deployments.gpu_setup import check, model_path, plan, uses_mps
 from deployments.memory import GIB, KNOWN_CARDS, Card, MemoryPlanError
 
 H200 = KNOWN_CARDS["H200"]
@@ -45,7 +46,7 @@ class House:
         monkeypatch.setattr(gpu_setup, "mps_paths", lambda name: self.paths)
         monkeypatch.setattr(gpu_setup, "chosen_gpus", lambda count: tuple(range(count)))
         monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts())
-        monkeypatch.setattr(gpu_setup, "_uuid", lambda index: f"GPU-{index}")
+        monkeypatch.setattr(gpu_setup, "uuid_of", lambda index: f"GPU-{index}")
         self.board = folder / "board"
         self.show(monkeypatch, H200)
 
@@ -331,7 +332,7 @@ def test_an_sm_cap_is_used_only_where_products_are_right(
 ) -> None:
     """The check runs as a client with the cap; its sentence is the refusal."""
     asked: list[dict[str, str]] = []
-    monkeypatch.setattr(gpu_setup.numeric_check, "refusal", lambda environment: asked.append(environment) or verdict)
+    monkeypatch.setattr(numeric_check, "refusal", lambda environment: asked.append(environment) or verdict)
     manager = house.gpus(mps_limits={"thread_percentage": 50})
     try:
         assert manager.refusal == verdict

@@ -18,7 +18,7 @@ from balancer.board import Board
 from balancer.readings import ReplicaReading, ReplicaState
 from deployments import cores, notices, replica
 from deployments.device_manager import Permission
-from deployments.gpu_setup import EngineSettings
+from deployments.gpu_house import EngineSettings
 from deployments.notices import LossFile
 
 SECONDS = 20.0
