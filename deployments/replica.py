@@ -22,7 +22,8 @@ from deployments import cores, engine, notices, processes, start_order
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager, Permission
 from deployments.engine_memory import weigh
-from deployments.gpu_setup import EngineSettings, model_path
+from deployments.gpu_house import EngineSettings
+from deployments.gpu_setup import model_path
 from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
 from deployments.slot import Slot, stat_logger
