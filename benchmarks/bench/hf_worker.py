@@ -131,7 +131,9 @@ class Model:
         self.torch = torch
         self.device = spec["device"]
         self.marks: Ranges = ranges(spec["nvtx"])
-        self._model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.bfloat16).to(self.device).eval()
+        # CPUs without bfloat16 units compute it 2.4 times slower than float32 (seen with AVX-512).
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self._model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(self.device).eval()
         self.generate(self.tensor([[10] * 8]), 2, None, lambda at_s, sequences: None)  # first times load kernels
 
     def tensor(self, prompts: Sequence[Sequence[int]]) -> Any:

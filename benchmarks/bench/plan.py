@@ -90,6 +90,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     radiology_requests=40,
+    radiology_prompt=256,
     long_tokens=96,
     long_batches={10: 1, 40: 1},
     closed_clients=8,

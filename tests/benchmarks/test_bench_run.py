@@ -125,7 +125,7 @@ def test_every_planned_round_becomes_a_row_and_no_process_is_left(
     assert [set(row["groups"]) for row in told.of("start")] == [{"vllm", "hf"}]
     assert len(list((tmp_path / "seen").iterdir())) == 3
     assert left_running(tmp_path) == []
-    radiology = next(row for row in told.of("round") if row["workload"] == "radiology 512/20")
+    radiology = next(row for row in told.of("round") if row["workload"] == "radiology 256/20")
     assert (radiology["requests"], radiology["failed"], radiology["output_tokens"]) == (40, 0, 800)
     assert radiology["device"] == radiology["device_token"] == {"sm_ratio": 0.5}
 
