@@ -29,8 +29,9 @@ HELLO_LIMIT_S = 300.0
 
 
 def build(spec: Json) -> tuple[Json, Serve]:
-    # A fork of a server that has imported torch and transformers, but not touched CUDA: they are imported once.
-    forks = multiprocessing.get_context("forkserver")
+    # On CPUs the processes are forks of a server that has imported torch and transformers once. CUDA does not survive a
+    # fork, and importing transformers may already ask it for its devices.
+    forks = multiprocessing.get_context("spawn" if spec["device"] == "cuda" else "forkserver")
     forks.set_forkserver_preload(["benchmarks.bench.hf_imports"])
     orders = [forks.Queue() for _ in range(spec["processes"])]
     caches = [forks.Queue(HELD_BATCHES) for _ in range(spec["processes"])]
