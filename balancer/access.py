@@ -54,6 +54,8 @@ class Key:
 
 
 Keys = tuple[Key, ...]
+# Without keys everybody is this one, and so are the system's own parts.
+ANYONE = Key("", b"")
 
 
 def digest(secret: str) -> bytes:
@@ -150,7 +152,7 @@ class Access:
     ) -> None:
         self._keys = keys
         self._clock = clock
-        self._anyone = Key("", b"", defaults)
+        self._anyone = dataclasses.replace(ANYONE, limits=defaults)
         self._meters: dict[str, Meter] = {}
 
     def holder(self, secret: str) -> Key | None:

@@ -20,8 +20,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from balancer.readings import ReplicaState
+from deployments import entrance
 from deployments.app import assemble
 from deployments.config import parse_args
+from deployments.gate import Gate
 from deployments.middleware import Door
 from deployments.slot import Slot
 
@@ -42,11 +44,12 @@ class EchoReplica:
         self._slot = Slot(Path(board_path), context.replica_id.to_full_id_str(), 0, time.monotonic)
         self._slot.engine_ready(blocks=1 << 20, block_tokens=16, max_running_requests=1 << 20)
 
-    async def __serve_build_asgi_app__(self) -> Door:
+    async def __serve_build_asgi_app__(self) -> Gate:
         self._beat = asyncio.create_task(self._slot.beat())
         self._slot.set_state(ReplicaState.READY)
         app = Starlette(routes=[Route("/v1/completions", _complete, methods=["POST"]), Route("/v1/models", _models)])
-        return Door(app, self._slot, self._tag, self._args.balancer.policy, tickets_required=self._haproxy)
+        door = Door(app, self._slot, self._tag, self._args.balancer.policy, tickets_required=self._haproxy)
+        return entrance.gate(door, self._args, self._haproxy, time.monotonic)
 
     async def __del__(self) -> None:
         self._beat.cancel()

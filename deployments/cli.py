@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from deployments import entrance
+
     args, _ = load(options.file)
+    entrance.access(args.access, time.monotonic)
     print(f"{options.file} is fine: {args.replicas} replicas of {args.public_name}, policy {args.balancer.policy}")
     return 0
 

@@ -15,10 +15,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from balancer.readings import ReplicaState
-from deployments import engine, start_order
+from deployments import engine, entrance, start_order
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager
 from deployments.engine_memory import weigh
+from deployments.gate import Gate
 from deployments.gpu_setup import EngineSettings, model_path
 from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
@@ -42,7 +43,7 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         self._slot = Slot(self._board_path, self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
 
-    async def __serve_build_asgi_app__(self) -> Door:
+    async def __serve_build_asgi_app__(self) -> Gate:
         """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
         self._tasks.append(asyncio.create_task(self._slot.beat()))
         os.environ[ENGINE_VARIABLE] = str(os.getpid())
@@ -58,7 +59,8 @@ class Replica:
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
         policy = self._args.balancer.policy
-        return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)
+        door = Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)
+        return entrance.gate(door, self._args, self._haproxy, time.monotonic)
 
     @contextlib.asynccontextmanager
     async def _turn(self, settings: EngineSettings) -> AsyncIterator[None]:
