@@ -8,11 +8,13 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from balancer.access import Keys, Limits, parse_keys
+from balancer.access import Key, Keys, Limits, digest, parse_keys
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "SPLITWISER_API_KEYS"
+# Where a run's own parts find the key with which they ask the public address; the launcher makes one for each run.
+INTERNAL_VARIABLE = "SPLITWISER_INTERNAL_KEY"
 # How long a revoked key may still be good.
 _LOOK_EVERY_S = 1.0
 
@@ -42,6 +44,11 @@ def _parsed(text: str, defaults: Limits, where: str) -> Keys:
     if not keys:
         raise KeyFileError(f"{where} holds no API key, so that nobody could enter; add one, or leave the setting out")
     return keys
+
+
+def internal_key() -> str | None:
+    """The key of this run's own parts, which no limit holds for; None where the launcher did not start them."""
+    return os.environ.get(INTERNAL_VARIABLE)
 
 
 class KeySource:
@@ -79,9 +86,9 @@ class KeySource:
             logger.warning("the API keys in %s were read again", self._path)
 
     def _read(self) -> Keys | None:
-        if self._path is None:
-            return self._fixed or None
-        return read(self._path, self._defaults) + self._fixed
+        keys = self._fixed if self._path is None else read(self._path, self._defaults) + self._fixed
+        own = internal_key()
+        return (*keys, Key("splitwiser itself", digest(own))) if keys and own else keys or None
 
     def _version_now(self) -> tuple[int, int, int] | None:
         if self._path is None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -25,6 +26,7 @@ import psutil
 
 from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
+from balancer.key_file import INTERNAL_VARIABLE
 from balancer.readings import ReplicaState
 from deployments import device, entrance, gpu_setup, ingress, live, privacy, processes
 from deployments.config import ConfigError, ServeArgs, load
@@ -80,6 +82,7 @@ def environment(run: Run) -> dict[str, str]:
     """What Ray Serve and vLLM read from the environment, on top of the caller's own, which wins where it may."""
     needed = {
         RUN_VARIABLE: run.run_id,
+        INTERNAL_VARIABLE: secrets.token_urlsafe(32),
         "RAY_SERVE_ENABLE_HA_PROXY": "0" if run.plain else "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run.folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run.folder / "ctl"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from balancer.access import Limits
-from balancer.key_file import VARIABLE, KeyFileError, KeySource
+from balancer.key_file import INTERNAL_VARIABLE, VARIABLE, KeyFileError, KeySource
 
 ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
 
@@ -31,6 +31,7 @@ class Drawer:
 @pytest.fixture
 def drawer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drawer:
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(INTERNAL_VARIABLE, raising=False)
     return Drawer(tmp_path)
 
 
@@ -48,6 +49,15 @@ def test_the_environment_adds_keys_to_those_of_the_file(drawer: Drawer, monkeypa
     monkeypatch.setenv(VARIABLE, f"bob {BOB}; carol {ALICE}")
     assert names(drawer.source()) == ["alice", "bob", "carol"]
     assert names(KeySource(None, Limits(), lambda: 0.0)) == ["bob", "carol"]
+
+
+def test_the_runs_own_parts_have_a_key_without_limits(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But none where nobody needs one: it would close an open door."""
+    monkeypatch.setenv(INTERNAL_VARIABLE, "of-this-run-only-" + "z" * 16)
+    keys = drawer.source()()
+    assert keys is not None
+    assert (keys[-1].name, keys[-1].limits) == ("splitwiser itself", Limits())
+    assert KeySource(None, Limits(), lambda: 0.0)() is None
 
 
 def test_a_changed_file_is_read_again_within_a_second(drawer: Drawer) -> None:
