@@ -47,13 +47,18 @@ class EchoReplica:
     async def __serve_build_asgi_app__(self) -> Gate:
         self._beat = asyncio.create_task(self._slot.beat())
         self._slot.set_state(ReplicaState.READY)
-        app = Starlette(routes=[Route("/v1/completions", _complete, methods=["POST"]), Route("/v1/models", _models)])
+        posts = Route("/v1/completions", _complete, methods=["POST"])
+        app = Starlette(routes=[posts, Route("/v1/models", _models), Route("/health", _health)])
         door = Door(app, self._slot, self._tag, self._args.balancer.policy, tickets_required=self._haproxy)
         return entrance.gate(door, self._args, self._haproxy, time.monotonic)
 
     async def __del__(self) -> None:
         self._beat.cancel()
         self._slot.close()
+
+
+async def _health(request: Request) -> Response:
+    return Response()
 
 
 async def _models(request: Request) -> Response:
