@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from balancer.readings import ReplicaState
-from deployments import entrance
+from deployments import entrance, privacy
 from deployments.app import assemble
 from deployments.config import parse_args
 from deployments.gate import Gate
@@ -37,6 +37,7 @@ class EchoReplica:
     """A replica whose engine is an echo; the slot says that it has room for everything."""
 
     def __init__(self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: Any) -> None:
+        privacy.keep_grpc_on_loopback()
         self._args = parse_args(raw_args)
         self._haproxy = haproxy
         context = serve.get_replica_context()

@@ -15,7 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from balancer.board import board_path
 from balancer.knobs import Knobs
 from balancer.route_service import RouteService
-from deployments import device, entrance, gpu_setup
+from deployments import device, entrance, gpu_setup, privacy
 from deployments.config import AccessConfig, ServeArgs, live_knobs, parse_args
 from deployments.device_manager import DeviceManager
 from deployments.processes import RUN_VARIABLE
@@ -128,6 +128,7 @@ class Router:
     """The route service as a Serve deployment, one per proxy node."""
 
     def __init__(self, board: str, knobs: dict[str, Any], access: dict[str, Any]) -> None:
+        privacy.keep_grpc_on_loopback()
         self._knobs = knobs
         keys = entrance.access(AccessConfig(**access), time.monotonic)
         self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket(), access=keys)

@@ -11,7 +11,7 @@ from typing import Any
 
 from balancer.board import REPLICA_SLOTS, Board, GpuWriter
 from balancer.readings import GpuReading
-from deployments import weights
+from deployments import privacy, weights
 from deployments.config import ServeArgs, parse_args
 from deployments.gpu_setup import EngineSettings, GpuHouse, model_path, why_private
 from deployments.mps_watch import MpsWatch
@@ -30,6 +30,7 @@ class DeviceManager:
     """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
 
     def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
+        privacy.keep_grpc_on_loopback()
         args = parse_args(raw_args)
         self._house = GpuHouse(args, run) if device == "gpu" else None
         self._weights = self._weight_house(args, raw_args, run)

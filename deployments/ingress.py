@@ -45,10 +45,12 @@ class Entrance:
     extra_routes: tuple[str, ...] = ()
 
 
-def write_stand_in(folder: Path, name: str, binary: str, entrance: Entrance, loopback_ports: Sequence[int]) -> None:
+def write_stand_in(
+    folder: Path, name: str, binary: str, entrance: Entrance, host: str, loopback_ports: Sequence[int]
+) -> None:
     """The script that Serve starts instead of HAProxy's binary, and what it needs, in the run's private folder."""
     plan, script = folder / "haproxy.json", folder / name
-    plan.write_text(json.dumps(edits(folder, entrance, loopback_ports)))
+    plan.write_text(json.dumps(edits(folder, entrance, host, loopback_ports)))
     for status, words in _OWN_ERRORS.items():
         (folder / f"{status}.http").write_text(_page(status, *words), newline="")
     command = [sys.executable, "-I", "-S", haproxy_edit.__file__, str(plan), binary]
@@ -56,8 +58,8 @@ def write_stand_in(folder: Path, name: str, binary: str, entrance: Entrance, loo
     script.chmod(0o700)
 
 
-def edits(folder: Path, entrance: Entrance, loopback_ports: Sequence[int]) -> list[Edit]:
-    """Everything that is changed in Serve's configuration."""
+def edits(folder: Path, entrance: Entrance, host: str, loopback_ports: Sequence[int]) -> list[Edit]:
+    """Everything that is changed in Serve's configuration. `host` is where the public address is, and nothing else."""
     ports = "|".join(map(str, loopback_ports))
     errorfiles = "".join(f"    errorfile {status} {folder}/{status}.http\n" for status in _OWN_ERRORS)
     timeouts = f"    timeout http-request {_ms(entrance.header_s)}\n"
@@ -66,7 +68,11 @@ def edits(folder: Path, entrance: Entrance, loopback_ports: Sequence[int]) -> li
         (r"^( *stats socket \S+ mode) 666 ", r"\1 600 ", 1),
         (rf"^( *bind) [*]?:({ports})$", r"\1 127.0.0.1:\2", len(loopback_ports)),
         (r"^defaults\n", _literal("defaults\n" + timeouts + errorfiles), 1),
-        (r"^frontend http_frontend\n( *bind .*\n)", r"frontend http_frontend\n\1" + _literal(rules), 1),
+        (
+            r"^(frontend http_frontend\n *bind) \S*:(\d+)\n",
+            rf"\1 {host}:\2" + _literal("\n" + rules),
+            1,
+        ),
         (r"wait-for-body time \d+s ", f"wait-for-body time {_ms(entrance.body_s)} ", 0),
         (r"\Z", _literal(_KEYS_TABLE), 1),
     ]

@@ -190,9 +190,10 @@ def _holder(port: int) -> str:
 
 def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[int]) -> int:
     ports = [_port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")]
-    ingress.write_stand_in(run.folder, "haproxy", _haproxy_binary(), entrance.entrance(args.access), ports)
+    ingress.write_stand_in(run.folder, "haproxy", _haproxy_binary(), entrance.entrance(args.access), run.host, ports)
     live.note_start(config_path, run.folder)
-    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config_path)]
+    served = privacy.behind_haproxy(config_path, run.folder) if not run.plain else config_path
+    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(served)]
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
     child = subprocess.Popen(
         command,

@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from balancer.readings import ReplicaState
-from deployments import engine, entrance, start_order
+from deployments import engine, entrance, privacy, start_order
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager
 from deployments.engine_memory import weigh
@@ -35,6 +35,7 @@ class Replica:
     def __init__(
         self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: DeploymentHandle[DeviceManager]
     ) -> None:
+        privacy.keep_grpc_on_loopback()
         self._args: ServeArgs = parse_args(raw_args)
         self._board_path = Path(board_path)
         self._haproxy = haproxy

@@ -89,7 +89,7 @@ class Proxy:
 
     def raw(self, *parts: bytes, wait_s: float = 10.0) -> bytes:
         """What comes back when these bytes are sent as they are, until the connection ends or the body is whole."""
-        with socket.create_connection(("127.0.0.1", self.ports["public"]), timeout=wait_s) as connection:
+        with socket.create_connection(("127.0.0.2", self.ports["public"]), timeout=wait_s) as connection:
             for part in parts:
                 connection.sendall(part)
             answer = b""
@@ -133,7 +133,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     ports = {name: free_port() for name in ("public", "metrics", "stats")}
     config = folder / "haproxy.cfg"
     config.write_text(SERVES.format(folder=folder, upstream=upstream.server_port, **ports))
-    ingress.write_stand_in(folder, "haproxy", get_haproxy_binary(), LIMITS, [ports["metrics"], ports["stats"]])
+    ingress.write_stand_in(
+        folder, "haproxy", get_haproxy_binary(), LIMITS, "127.0.0.2", [ports["metrics"], ports["stats"]]
+    )
     process = subprocess.Popen([folder / "haproxy", "-db", "-f", config], stderr=(folder / "err").open("w"))
     _until(lambda: (folder / "ctl").exists(), process, folder / "err")
     yield Proxy(folder, ports)
@@ -305,16 +307,23 @@ def test_metrics_and_statistics_listen_on_loopback_and_administration_is_the_own
         assert f"*:{proxy.ports[name]}" not in listening
 
 
+def test_the_public_address_is_where_the_configuration_puts_it(proxy: Proxy) -> None:
+    """Serve, whose replicas stay on loopback, was told another."""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", proxy.ports["public"]))
+    assert proxy.ask("/v1/models")[0] == 200
+
+
 def test_a_configuration_that_was_edited_is_not_edited_twice(proxy: Proxy) -> None:
     """Serve starts HAProxy again with the file of the first attempt."""
     config = (proxy.folder / "haproxy.cfg").read_text()
-    assert edited(config, ingress.edits(proxy.folder, LIMITS, [1, 2])) == config
+    assert edited(config, ingress.edits(proxy.folder, LIMITS, "::", [1, 2])) == config
 
 
 def test_a_configuration_without_the_lines_to_edit_is_refused(tmp_path: Path) -> None:
     """A Ray whose template changed must not start an ingress with a hole in it."""
     with pytest.raises(UnknownConfigurationError, match=r"ray==2\.60\.0"):
-        edited("global\ndefaults\n", ingress.edits(tmp_path, LIMITS, [1]))
+        edited("global\ndefaults\n", ingress.edits(tmp_path, LIMITS, "127.0.0.1", [1]))
 
 
 def test_rays_template_still_has_the_lines_that_are_edited() -> None:

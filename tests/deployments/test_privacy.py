@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deployments import privacy
 from deployments.config import ConfigError
@@ -62,3 +63,34 @@ def test_a_link_or_a_file_in_our_place_is_refused(tmp_path: Path) -> None:
     for name in ("link", "file"):
         with pytest.raises(ConfigError, match="is not a folder of yours"):
             privacy.require_own(tmp_path / name)
+
+
+def test_serve_is_told_loopback_where_haproxy_has_the_public_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the replicas' own ports would be as open as it; in a cluster, and where nothing is said, it stays."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = tmp_path / "config.yaml"
+    config.write_text("http_options: {host: 0.0.0.0, port: 8001}\nproxy_location: HeadOnly\n")
+    served = yaml.safe_load(privacy.behind_haproxy(config, tmp_path).read_text())
+    assert served == {"http_options": {"host": "127.0.0.1", "port": 8001}, "proxy_location": "HeadOnly"}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert privacy.behind_haproxy(config, tmp_path) == config
+
+
+def test_serves_port_for_handles_moves_to_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray stays on loopback; a cluster's nodes need it on every interface."""
+    from ray.serve._private import replica
+
+    bound: list[str] = []
+
+    def bind(server: object, address: str) -> int:
+        bound.append(address)
+        return 1
+
+    for value in ("0", "1"):
+        monkeypatch.setattr(replica, "add_port_to_grpc_server", bind)
+        monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", value)
+        privacy.keep_grpc_on_loopback()
+        replica.add_port_to_grpc_server(None, "[::]:0")
+    assert bound == ["127.0.0.1:0", "[::]:0"]
