@@ -78,7 +78,7 @@ class Body:
         self._limit_bytes = limit_bytes
         self._bytes = 0
         self._deadline_s = asyncio.get_running_loop().time() + limit_s
-        self._whole = self._broken = False
+        self._whole = self._answered = self._broken = False
 
     async def receive(self) -> Message:
         if self._whole:
@@ -95,11 +95,14 @@ class Body:
     async def send(self, message: Message) -> None:
         """Nothing of what the application says about a body that was broken off reaches the client."""
         if not self._broken:
+            self._answered = True
             await self._send(message)
 
     async def _break(self, why: Error) -> Message:
-        self._whole = self._broken = True
-        await answer(self._send, why, close=True)
+        self._whole = True
+        if not self._answered:  # else the application did not want the body: its answer stands
+            self._broken = True
+            await answer(self._send, why, close=True)
         return {"type": "http.disconnect"}
 
 

@@ -15,10 +15,12 @@ from deployments.config import ConfigError
 
 # For every process of a run: what it makes is its user's alone.
 UMASK = 0o077
-# Ray binds every port of its own to loopback on systems where clusters are switched off. In a cluster
-# (RAY_ADDRESS is set) its nodes must reach each other.
+# Ray binds every port of its own to loopback on systems where clusters are switched off, and an engine of one process
+# needs no other interface. In a cluster (RAY_ADDRESS is set) the nodes must reach each other.
 _VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-LOOPBACK_ONLY = {} if os.environ.get("RAY_ADDRESS") else {_VARIABLE: "0"}
+LOOPBACK_ONLY = (
+    {} if os.environ.get("RAY_ADDRESS") else {_VARIABLE: "0", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+)
 _TOKEN = Path("~/.ray/auth_token")
 
 

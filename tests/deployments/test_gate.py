@@ -183,6 +183,21 @@ def test_a_body_that_does_not_arrive_in_time_is_408() -> None:
     assert json.loads(body["body"])["error"]["code"] == "too_slow"
 
 
+def test_an_answer_that_did_not_wait_for_the_body_stands() -> None:
+    """An application may refuse before it has read everything; one answer is what the client gets."""
+    site = Site()
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 415, "headers": []})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.body", "body": b"no"})
+
+    site.gate._app = refuse
+    answer = site.ask(content=chunks(40)())
+    assert (answer.status_code, answer.text) == (415, "no")
+
+
 def test_websockets_are_closed_and_the_life_span_passes() -> None:
     """No route is served over a websocket."""
 
