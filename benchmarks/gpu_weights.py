@@ -45,9 +45,10 @@ from typing import Any, TextIO
 
 import psutil
 
-from benchmarks.gpu_engines import Engine, EngineError
+from benchmarks.workers import Engine, EngineError
 from deployments import mps, weights
 from deployments.demo_model import DemoSpec, ensure_demo_model
+from deployments.gpu_setup import visible_gpus
 from deployments.processes import WEIGHTS_VARIABLE
 from deployments.weight_house import WeightHouse
 
@@ -188,14 +189,14 @@ def loading_in(log: str) -> Json:
 
 
 class Nvml:
-    """Memory of GPU 0 and of each process on it."""
+    """Memory of the (first visible) GPU and of each process on it."""
 
     def __init__(self) -> None:
         import pynvml
 
         self._nvml = pynvml
         pynvml.nvmlInit()
-        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(visible_gpus()[0])
 
     def used_bytes(self, pids: Sequence[int]) -> int:
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used)

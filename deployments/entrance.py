@@ -42,5 +42,5 @@ def gate(app: App, args: ServeArgs, routed: bool, clock: Callable[[], float]) ->
     """`app` behind a replica's gate; `routed`: HAProxy and the router are in front of it."""
     extra = args.access.extra_routes
     served = routes.at_the_replica(extra) if routed else routes.public(extra)
-    mine = access(args.access, clock, doors=1 if routed else args.replicas)
+    mine = access(args.access, clock, doors=1 if routed else args.total_replicas)
     return Gate(app, served, mine, meters=not routed, entrance=entrance(args.access))

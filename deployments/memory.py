@@ -35,14 +35,19 @@ class Card:
         return self.total_bytes - self.used_bytes
 
 
-# What cudaMemGetInfo calls the total (a little under the name on the box), rounded down over driver versions.
+# What cudaMemGetInfo calls the total (a little under the name on the box), rounded down over driver versions: the H200
+# as measured, the others as PyTorch's out-of-memory messages name them in public issues (H100 79.11: vllm#27508).
 KNOWN_CARDS: dict[str, Card] = {
     name: Card(name, int(gib * GIB))
     for name, gib in {
+        "T4": 14.55,
         "L4": 21.95,
         "A10": 22.05,
+        "A30": 23.5,
+        "RTX 3090": 23.6,
         "RTX 4090": 23.6,
         "A100-40": 39.35,
+        "L40": 44.35,
         "L40S": 44.35,
         "H100": 79.1,
         "A100-80": 79.1,
@@ -200,6 +205,11 @@ class MemoryPlan:
     def client_limit_bytes(self) -> int:
         """A cap for one MPS client, its share of the reserve above its plan: a runaway meets it, neighbours do not."""
         return (self.replica_bytes + self.reserve_bytes // self.demand.replicas) // MIB * MIB
+
+    def tolerates(self, growth_ratio: float) -> bool:
+        """Whether every replica could need `growth_ratio` more than planned beside weights and KV cache."""
+        growth = int(growth_ratio * (self.engine_bytes + self.workspace_bytes)) * self.demand.replicas
+        return self.card.free_bytes - self.needed_bytes >= growth
 
     @property
     def rows(self) -> tuple[Row, ...]:

@@ -19,6 +19,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+# Others may serve at once; when all replicas of a GPU are lost, a model has to be loaded first.
+_LOST_RETRY_S = 5.0
 _HEADER = HEADER.encode()
 _EXPLAINED = explain.HEADER.encode()
 _DIRECT = DIRECT.policy.encode()
@@ -38,6 +40,11 @@ class Door:
         self._name = name.encode()
         self._policy = policy
         self._tickets_required = tickets_required
+        self._closed = ""
+
+    def close(self, why: str) -> None:
+        """From now on answer every POST with 503 and `why`: there is no engine behind this door any more."""
+        self._closed = why
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,6 +72,8 @@ class Door:
         elif ticket.probe:
             reply = {"replica": self._name.decode()} if scope["path"] == PROBE_PATH else {}
             await _answer(send, 200 if reply else 400, reply, [])
+        elif self._closed:
+            await _answer(send, *_error(503, "replica_lost", f"{self._closed}; try again", _LOST_RETRY_S))
         else:
             await self._hand_on(ticket, scope, receive, send)
 

@@ -72,6 +72,30 @@ def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.P
     return of_run(run_id, session)
 
 
+def engines_of(pid: int) -> list[int]:
+    """The engine processes that the replica process `pid` has started, and those they have; none when it has ended.
+
+    Python's resource tracker, which it starts too, is none of them, and lives as long as the replica.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(pid).children(recursive=True)
+        return [child.pid for child in children if not _is_resource_tracker(child)]
+    return []
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return False
+
+
+def kill(owner: Owner) -> None:
+    """End this very process at once; a later one with its number is left alone."""
+    with contextlib.suppress(ProcessLookupError):
+        if owner.alive():
+            os.kill(owner.pid, signal.SIGKILL)
+
+
 def name_of(process: psutil.Process) -> str:
     """A process as a person would name it."""
     try:

@@ -474,3 +474,14 @@ def test_other_overheads_change_the_plan() -> None:
     lean = plan_memory(PLANNED.card, PLANNED.shape, PLANNED.demand, Overheads(engine_bytes=GIB))
     assert lean.kv_cache_bytes > PLANNED.kv_cache_bytes
     assert largest_replicas(lean) > largest_replicas(PLANNED)
+
+
+def test_a_plan_knows_how_much_larger_engines_may_be() -> None:
+    """What is left over and the reserve together are what all replicas may grow by."""
+    demand = Demand(replicas=4, max_model_len_tokens=2048, reserve_bytes=4 * GIB)
+    made = plan_memory(KNOWN_CARDS["H200"], model_shape(OPT_125M), demand)
+    room = made.card.free_bytes - made.needed_bytes
+    fits = room / (4 * (made.engine_bytes + made.workspace_bytes))
+    assert made.tolerates(0.0)
+    assert made.tolerates(0.99 * fits)
+    assert not made.tolerates(1.01 * fits)

@@ -31,7 +31,7 @@ SEED = int(os.environ.get("SPLITWISER_FUZZ_SEED", "20261122"))
 AT_ONCE = 6
 # A client that waits this long goes away; the engine drops its request.
 PATIENCE_S = 20.0
-OURS = {*REJECTIONS, "starting"}
+OURS = {*REJECTIONS, "starting", "replica_lost"}
 
 
 def description(system: System) -> dict[str, Any]:
