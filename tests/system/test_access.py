@@ -102,8 +102,8 @@ def test_a_rate_refuses_and_says_when_to_come_back(site: Site) -> None:
     """Three a minute, shared out where each replica counts alone; nobody else is refused for it."""
     answers = [ask(site, BOB) for _ in range(8)]
     served = sum(a.status == 200 for a in answers)
-    assert 2 <= served <= (4 if site.plain else 3)
-    refused = answers[-1]
+    assert served == 3 or (site.plain and 1 <= served <= 4)
+    refused = next(a for a in answers if a.status != 200)
     assert (refused.status, refused.json["error"]["code"]) == (429, "request_rate")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert ask(site, ALICE).status == 200
@@ -120,7 +120,7 @@ def test_requests_at_once_are_limited_for_each_key(site: Site) -> None:
         statuses = list(pool.map(hold, range(6)))
     assert 429 in statuses
     assert statuses.count(200) >= 2
-    assert ask(site, CARL).status == 200
+    _until(lambda: ask(site, CARL).status == 200)
 
 
 def test_a_changed_file_of_keys_is_read_while_the_system_serves(site: Site, keys: Path) -> None:
