@@ -1,9 +1,9 @@
-# make serve | monitoring | test | lint | bench | simulate | bench-data-plane | setup | clean
+# make serve | monitoring | test | fuzz | audit | lint | bench | simulate | bench-data-plane | setup | clean
 CONFIG ?= serve_config.yaml
 FLAGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup serve monitoring test lint bench simulate bench-data-plane clean
+.PHONY: setup serve monitoring test fuzz audit lint bench simulate bench-data-plane clean
 
 setup:
 	@scripts/setup.sh
@@ -16,6 +16,14 @@ monitoring: setup
 
 test: setup
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+# Ten minutes of each fuzzer against two real engines; FUZZ_S=60 for less.
+fuzz: setup
+	SPLITWISER_FUZZ_S=$(or $(FUZZ_S),600) SPLITWISER_FUZZ_SEED=$(or $(SEED),20261122) \
+		.venv/bin/python -m pytest tests/system/test_fuzz.py -s $(PYTEST_ARGS)
+
+audit: setup
+	@.venv/bin/python scripts/audit.py
 
 lint: setup
 	.venv/bin/ruff check .

@@ -109,9 +109,9 @@ def sequences(body: dict[str, object]) -> int:
 
 
 def _whole(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value)
+    return int(value) if isinstance(value, int) or math.isfinite(value) else None
 
 
 def parse(body: bytes | str) -> dict[str, object]:

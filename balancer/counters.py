@@ -35,7 +35,10 @@ CHOICES = (
     ("gpu_aware", "most_room"),
     (OTHER, OTHER),
 )
-REJECTIONS = ("no_replica_ready", "queue_full", "queue_deadline", OTHER)
+REJECTIONS = (
+    "no_replica_ready", "queue_full", "queue_deadline", "invalid_api_key", "request_rate", "token_rate",
+    "too_many_at_once", OTHER,
+)  # fmt: skip
 # Why a replica that is on the board stopped receiving work without having asked for it.
 EJECTIONS = ("stale", "unreachable", "failed", OTHER)
 # A decision takes 20 to 500 us; a wait ends with its deadline, 30 s by default.

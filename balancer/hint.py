@@ -7,7 +7,7 @@ that HAProxy itself composes (whatever a client sends under that name is overwri
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
 HEADER = "x-splitwiser-hint"
@@ -19,6 +19,7 @@ CLIENT_HEADERS = {
     "explain": "x-splitwiser-decision",
     "timeout": "x-request-timeout-s",
     "authorization": "authorization",
+    "api_key": "x-api-key",
 }
 # Priorities beyond these say no more; each distinct one is a line of its own in the queue.
 MOST_PRIORITY = 100
@@ -26,24 +27,34 @@ MOST_PRIORITY = 100
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """`priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none."""
+    """`priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none.
+
+    `concurrent`: this client's requests at HAProxy now, this one included; 0 when it showed no key. `from_client`:
+    HAProxy composed this, so that a client stands behind it and not a part of the system.
+    """
 
     session: str = ""
     priority: int = 0
     explain: bool = False
     timeout_s: float | None = None
     authorization: str = ""
+    api_key: str = ""
+    concurrent: int = 0
+    from_client: bool = field(default=False, compare=False)
 
     @staticmethod
     def decode(text: str) -> Hint:
         """Never raises: what a client wrote that makes no sense counts as not written."""
-        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 1))
+        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 2))
         return Hint(
             values.get("session", ""),
             _priority(values.get("priority", "")),
             values.get("explain", "") not in ("", "0", "false"),
             _seconds(values.get("timeout", "")),
             values.get("authorization", ""),
+            values.get("api_key", ""),
+            _count(values.get("concurrent", "")),
+            from_client=True,
         )
 
 
@@ -51,9 +62,13 @@ NO_HINT = Hint()
 
 
 def haproxy_rule() -> str:
-    """The line of HAProxy's configuration that composes the header."""
+    """The line of HAProxy's configuration that composes the header, where requests are tracked by their key."""
     parts = [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
-    return f"http-request set-header {HEADER} {'&'.join(parts)}"
+    return f"http-request set-header {HEADER} {'&'.join([*parts, 'concurrent=%[sc_trackers(0)]'])}"
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 def _priority(text: str) -> int:

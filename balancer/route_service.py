@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from balancer import explain, haproxy_view
+from balancer.access import ANYONE, Access, Key, presented, refusal_of_strangers
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
 from balancer.cost import CostEstimator
@@ -46,6 +47,7 @@ _RELEASE_EVERY_S = 0.003
 _IDLE_EVERY_S = 0.02
 PROBE_FIELD = b'"splitwiser_probe"'
 _HINT_HEADER = HINT_HEADER.encode()
+_NO_COST = RequestCost(1, 1)
 _SESSION_HEADER = SESSION.encode()
 
 Answer = tuple[int, bytes]
@@ -68,11 +70,17 @@ class RouteService:
     """
 
     def __init__(
-        self, board_path: Path, knobs: Knobs, clock: Callable[[], float], haproxy_socket: Path | None = None
+        self,
+        board_path: Path,
+        knobs: Knobs,
+        clock: Callable[[], float],
+        haproxy_socket: Path | None = None,
+        access: Access | None = None,
     ) -> None:
         self._board_path = board_path
         self._clock = clock
         self._haproxy_socket = haproxy_socket
+        self._access = access or Access(lambda: None, clock)
         self._dispatcher = Dispatcher(knobs, random.Random(knobs.seed))
         self._estimator = CostEstimator(knobs)
         self._ids = map(str, itertools.count())
@@ -130,7 +138,12 @@ class RouteService:
         snapshot = self._snapshot()
         if PROBE_FIELD in body and (slot := _probed_slot(body)) is not None:
             return _probe(slot, snapshot)
+        key = self._holder(hint)
+        if key is None:
+            return self._refuse(refusal_of_strangers(), _NO_COST, snapshot, hint)
         cost, request_id = self._estimator.estimate(body, hint.session, hint.priority), next(self._ids)
+        if (refusal := self._access.admit(key, cost.tokens, hint.concurrent)) is not None:
+            return self._refuse(refusal, cost, snapshot, hint)
         began_s = time.perf_counter()
         decision = self._dispatcher.submit(request_id, cost, snapshot)
         self._count(decision, time.perf_counter() - began_s)
@@ -141,6 +154,17 @@ class RouteService:
         self._waiting[request_id] = Waiter(cost, hint, snapshot.now_s, future)
         future.add_done_callback(lambda _: self._forget(request_id))
         return future
+
+    def _holder(self, hint: Hint) -> Key | None:
+        """Whose key a client showed. What HAProxy did not ask about comes from a part of the system on this machine."""
+        if not hint.from_client:
+            return ANYONE
+        return self._access.holder(presented(hint.authorization, hint.api_key))
+
+    def _refuse(self, decision: Decision, cost: RequestCost, snapshot: Snapshot, hint: Hint) -> Answer:
+        self._count(decision, 0.0)
+        self._publish_counts(snapshot.now_s)
+        return self._answer(decision, cost, snapshot, hint)
 
     @property
     def waiting(self) -> int:

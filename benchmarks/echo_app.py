@@ -20,8 +20,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from balancer.readings import ReplicaState
+from deployments import entrance, privacy
 from deployments.app import assemble
 from deployments.config import parse_args
+from deployments.gate import Gate
 from deployments.middleware import Door
 from deployments.slot import Slot
 
@@ -35,6 +37,7 @@ class EchoReplica:
     """A replica whose engine is an echo; the slot says that it has room for everything."""
 
     def __init__(self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: Any) -> None:
+        privacy.keep_grpc_on_loopback()
         self._args = parse_args(raw_args)
         self._haproxy = haproxy
         context = serve.get_replica_context()
@@ -42,15 +45,21 @@ class EchoReplica:
         self._slot = Slot(Path(board_path), context.replica_id.to_full_id_str(), 0, time.monotonic)
         self._slot.engine_ready(blocks=1 << 20, block_tokens=16, max_running_requests=1 << 20)
 
-    async def __serve_build_asgi_app__(self) -> Door:
+    async def __serve_build_asgi_app__(self) -> Gate:
         self._beat = asyncio.create_task(self._slot.beat())
         self._slot.set_state(ReplicaState.READY)
-        app = Starlette(routes=[Route("/v1/completions", _complete, methods=["POST"]), Route("/v1/models", _models)])
-        return Door(app, self._slot, self._tag, self._args.balancer.policy, tickets_required=self._haproxy)
+        posts = Route("/v1/completions", _complete, methods=["POST"])
+        app = Starlette(routes=[posts, Route("/v1/models", _models), Route("/health", _health)])
+        door = Door(app, self._slot, self._tag, self._args.balancer.policy, tickets_required=self._haproxy)
+        return entrance.gate(door, self._args, self._haproxy, time.monotonic)
 
     async def __del__(self) -> None:
         self._beat.cancel()
         self._slot.close()
+
+
+async def _health(request: Request) -> Response:
+    return Response()
 
 
 async def _models(request: Request) -> Response:

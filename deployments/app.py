@@ -15,8 +15,8 @@ from ray.serve.config import RequestRouterConfig
 from balancer.board import board_path
 from balancer.knobs import Knobs
 from balancer.route_service import RouteService
-from deployments import device, gpu_setup
-from deployments.config import ServeArgs, live_knobs, parse_args
+from deployments import device, entrance, gpu_setup, privacy
+from deployments.config import AccessConfig, ServeArgs, live_knobs, parse_args
 from deployments.device_manager import DeviceManager
 from deployments.processes import RUN_VARIABLE
 from deployments.replica import Replica
@@ -130,7 +130,7 @@ def _router(config: ServeArgs, on: str, board: str) -> serve.Application:
         **_STOPPING,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_THREAD},
     )
-    return deployment.bind(board, _knobs(config, on))
+    return deployment.bind(board, _knobs(config, on), config.access.model_dump())
 
 
 def _knobs(config: ServeArgs, on: str) -> dict[str, Any]:
@@ -145,9 +145,11 @@ def _knobs(config: ServeArgs, on: str) -> dict[str, Any]:
 class Router:
     """The route service as a Serve deployment, one per proxy node."""
 
-    def __init__(self, board: str, knobs: dict[str, Any]) -> None:
+    def __init__(self, board: str, knobs: dict[str, Any], access: dict[str, Any]) -> None:
+        privacy.keep_grpc_on_loopback()
         self._knobs = knobs
-        self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket())
+        keys = entrance.access(AccessConfig(**access), time.monotonic)
+        self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket(), access=keys)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's live change: the keys of `balancer:`, each that is left out as it was at the start."""

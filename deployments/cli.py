@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from balancer.access import NO_LIMITS, digest, parse_keys
 from balancer.board import BoardError, board_path
 from deployments.config import ConfigError, load
 
@@ -56,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
     decisions = commands.add_parser("decisions", help="the router's last decisions and what they were made from")
     decisions.set_defaults(command=_decisions)
+    key = commands.add_parser("key", help="make an API key for NAME: the line for the file of keys, and the key itself")
+    key.add_argument("name", metavar="NAME")
+    key.set_defaults(command=_key)
     for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
         watch = commands.add_parser(name, help=f"{text} of the run that is going on")
         watch.set_defaults(command=command)
@@ -78,7 +84,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from deployments import entrance
+
     args, _ = load(options.file)
+    entrance.access(args.access, time.monotonic)
     print(f"{options.file} is fine: {args.replicas} replicas of {args.public_name}, policy {args.balancer.policy}")
     return 0
 
@@ -115,6 +124,18 @@ def _decisions(options: argparse.Namespace) -> int:
 
     for decision in decisions(_newest_run()):
         print(json.dumps(decision))
+    return 0
+
+
+def _key(options: argparse.Namespace) -> int:
+    secret = f"sk-{secrets.token_urlsafe(32)}"
+    line = f"{options.name} sha256:{digest(secret).hex()}"
+    try:
+        parse_keys(line, NO_LIMITS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print(line)
+    print(f"splitwiser: the key of {options.name}, which is shown only now, is {secret}", file=sys.stderr)
     return 0
 
 

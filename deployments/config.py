@@ -141,6 +141,35 @@ class MonitoringConfig(_Strict):
     memory_reserve_gib: float = Field(1.0, ge=0.0, strict=True)
 
 
+class AccessConfig(_Strict):
+    """Who may enter, how much each key may use, and how large and how slow a request may be."""
+
+    api_keys_file: str | None = None
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    concurrent: int | None = Field(None, ge=1)
+    extra_routes: list[str] = Field(default_factory=list)
+    body_bytes: _Whole = Field(8 << 20, ge=1 << 10)
+    file_bytes: _Whole = Field(200 << 20, ge=1 << 10)
+    header_bytes: _Whole = Field(16 << 10, ge=1 << 10, le=512 << 10)
+    header_s: float = Field(10.0, gt=0.0, le=3600.0)
+    body_s: float = Field(30.0, gt=0.0, le=3600.0)
+
+    @field_validator("api_keys_file")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError("must be an absolute path: replicas do not run where you start them")
+        return value
+
+    @field_validator("extra_routes")
+    @classmethod
+    def _paths(cls, value: list[str]) -> list[str]:
+        if not all(re.fullmatch(r"/[A-Za-z0-9._~/-]+", path) for path in value):
+            raise ValueError("must be paths such as /version")
+        return value
+
+
 class BalancerConfig(_Strict):
     """The policy and its knobs; unknown knobs are refused against `balancer.policies.Knobs`."""
 
@@ -196,6 +225,7 @@ class ServeArgs(_Strict):
     engine: dict[str, Any] = Field(default_factory=dict)
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    access: AccessConfig = AccessConfig()
 
     @field_validator("mps", "cpu_pinning", mode="before")
     @classmethod
@@ -278,6 +308,7 @@ def _sentence(error: pydantic.ValidationError, within: str) -> str:
 _NESTED: dict[str, type[BaseModel]] = {
     "balancer": BalancerConfig,
     "monitoring": MonitoringConfig,
+    "access": AccessConfig,
     "mps_limits": MpsLimitsConfig,
     "restarts": RestartsConfig,
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 from balancer.board import REPLICA_SLOTS, Board, GpuWriter, Owner
 from balancer.readings import GpuReading
-from deployments import cores, mps, notices, processes, weights
+from deployments import cores, mps, notices, privacy, processes, weights
 from deployments.config import ServeArgs, parse_args
 from deployments.gpu_house import EngineSettings, GpuHouse
 from deployments.gpu_setup import model_path, why_private
@@ -51,6 +51,7 @@ class DeviceManager:
     """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
 
     def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
+        privacy.keep_grpc_on_loopback()
         self._args = args = parse_args(raw_args)
         self._path = Path(board_path)
         restarts = args.restarts

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from deployments import unsupported
 from deployments.config import ConfigError, ServeArgs
 
 _ARGUMENT_CLASSES = {
@@ -123,6 +124,7 @@ async def build_openai_app(engine: Any, namespace: argparse.Namespace) -> Any:
 
     tasks = await engine.get_supported_tasks()
     app = build_app(namespace, tasks, engine.model_config)
+    unsupported.refuse_kindly(app)
     await init_app_state(engine, app.state, namespace, tasks)
     # vLLM's handler of a dead engine asks its own server to exit before it answers; without one it would raise, and
     # the client would get a bare 500. Serve ends the replica.

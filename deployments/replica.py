@@ -18,10 +18,11 @@ from ray.serve.handle import DeploymentHandle
 
 from balancer.board import Owner
 from balancer.readings import ReplicaState
-from deployments import cores, engine, notices, processes, start_order
+from deployments import cores, engine, entrance, notices, privacy, processes, start_order
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager, Permission
 from deployments.engine_memory import weigh
+from deployments.gate import Gate
 from deployments.gpu_house import EngineSettings
 from deployments.gpu_setup import model_path
 from deployments.middleware import Door
@@ -42,6 +43,7 @@ class Replica:
     def __init__(
         self, raw_args: dict[str, Any], board_path: str, haproxy: bool, manager: DeploymentHandle[DeviceManager]
     ) -> None:
+        privacy.keep_grpc_on_loopback()
         self._args: ServeArgs = parse_args(raw_args)
         self._board_path = Path(board_path)
         self._haproxy = haproxy
@@ -54,7 +56,7 @@ class Replica:
         self._pids: list[int] = []
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def __serve_build_asgi_app__(self) -> Door:
+    async def __serve_build_asgi_app__(self) -> Gate:
         """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
         self._tasks.append(asyncio.create_task(self._slot.beat()))
         os.environ[ENGINE_VARIABLE] = str(os.getpid())
@@ -72,7 +74,7 @@ class Replica:
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
         self._tasks.append(asyncio.create_task(self._watch()))
-        return self._door
+        return entrance.gate(self._door, self._args, self._haproxy, time.monotonic)
 
     async def _permitted(self) -> Permission:
         """Ask the device manager until this replica may start. One that never may waits, so that Serve leaves it."""

@@ -150,6 +150,13 @@ def test_any_json_has_a_cost(body: Any) -> None:
     assert min(cost.prompt_tokens, cost.output_tokens, cost.sequences) >= 1
 
 
+@pytest.mark.parametrize("key", ["max_tokens", "n", "max_completion_tokens"])
+def test_a_number_beyond_all_floats_is_only_a_large_number(key: str) -> None:
+    """JSON may hold an integer that no float can: the engine refuses it, the estimate does not fail."""
+    cost = CostEstimator(Knobs()).estimate(json.dumps({"prompt": "x", key: 10**400}))
+    assert cost.tokens > 0
+
+
 @given(st.binary())
 def test_any_bytes_have_a_cost(body: bytes) -> None:
     """No bytes raise, JSON or not."""

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from balancer import haproxy_view, route_service
+from balancer.access import Access, Limits, parse_keys
 from balancer.board import ROUTER_ROWS, Board, SlotWriter
+from balancer.hint import Hint
 from balancer.policies import Knobs
 from balancer.readings import ReplicaReading, ReplicaState, assign
 from balancer.route_service import RouteService
@@ -487,3 +489,57 @@ def test_it_starts_and_stops_as_asgi_servers_ask(house: House) -> None:
 
     house.run(house.router()({"type": "lifespan"}, receive, send))
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+ALICE, BOB = "alice-" + "a" * 32, "bob-" + "b" * 32
+
+
+def guarded(house: House, text: str) -> RouteService:
+    keys = parse_keys(text, Limits())
+    access = Access(lambda: keys, lambda: house.now_s)
+    house.routers.append(RouteService(house.path, KNOBS, lambda: house.now_s, access=access))
+    return house.routers[-1]
+
+
+def shown(secret: str, concurrent: int = 1) -> Hint:
+    return Hint.decode(f"authorization=Bearer%20{secret}&concurrent={concurrent}")
+
+
+def ticket_for(router: RouteService, hint: Hint, body: bytes = BODY) -> Ticket:
+    answer = router.route(body, hint)
+    assert isinstance(answer, tuple)
+    return Ticket.decode(as_haproxy_reads(answer[1])[1][HEADER])
+
+
+def test_a_client_without_a_valid_key_gets_a_401_ticket_and_takes_no_place(house: House) -> None:
+    """Nothing is on its way for it, nothing waits, and it is counted under its reason."""
+    house.replica("a")
+    router = guarded(house, f"alice {ALICE}")
+    for hint in (shown("wrong"), Hint.decode("authorization=&api_key=")):
+        ticket = ticket_for(router, hint)
+        assert (ticket.status, ticket.reason) == (401, "invalid_api_key")
+    assert house.seen()["a"].on_the_way_requests == 0
+    assert ticket_for(router, shown(ALICE)).status == 200
+    assert ticket_for(router, Hint.decode(f"api_key={ALICE}")).status == 200
+    assert house.seen()["a"].on_the_way_requests == 2
+
+
+def test_each_key_has_its_own_rates_and_requests_at_once(house: House) -> None:
+    """Refused with 429 and when to come back, before the queue; others go on."""
+    slot = house.replica("a")
+    router = guarded(house, f"alice {ALICE} requests_per_minute=2; bob {BOB} concurrent=3 tokens_per_minute=500")
+    assert [ticket_for(router, shown(ALICE)).status for _ in range(3)] == [200, 200, 429]
+    assert ticket_for(router, shown(ALICE)).retry_after_s == pytest.approx(30.0)
+    assert ticket_for(router, shown(BOB, concurrent=4)).reason == "too_many_at_once"
+    costly = b'{"model": "demo", "prompt": "x", "max_tokens": 400}'
+    assert [ticket_for(router, shown(BOB, 3), costly).reason for _ in range(2)] == ["least_queue", "token_rate"]
+    house.now_s += 30.0
+    slot.publish(house.now_s)
+    assert ticket_for(router, shown(ALICE)).status == 200
+
+
+def test_parts_of_the_system_need_no_key_at_the_router(house: House) -> None:
+    """Only HAProxy composes hints, for clients; whoever asks without one is on this machine's loopback."""
+    house.replica("a")
+    router = guarded(house, f"alice {ALICE}")
+    assert named(router)[1].status == 200

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from balancer.access import NO_LIMITS, digest, parse_keys
 from balancer.board import BoardError
 from deployments import cli, launch
 from deployments.cli import main
@@ -114,3 +115,29 @@ def test_no_room_of_the_product_imports_benchmarks() -> None:
     ]
     names = {alias.name for node in imports for alias in node.names} | {getattr(n, "module", "") or "" for n in imports}
     assert {name for name in names if name.split(".")[0] == "benchmarks"} == set()
+
+
+def test_a_key_is_made_whose_line_does_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """The line goes to standard output, for the file; the key, once, to the person."""
+    assert main(["key", "alice"]) == 0
+    out, err = capsys.readouterr()
+    secret = err.split()[-1]
+    (key,) = parse_keys(out, NO_LIMITS)
+    assert (key.name, key.digest) == ("alice", digest(secret))
+    assert secret not in out
+    assert len(secret) > 40
+    assert main(["key", "al ice"]) == 2
+
+
+def test_validate_reads_the_file_of_keys_too(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What would keep everybody out, or let others read the keys, is said before anything starts."""
+    keys = file.with_name("keys")
+    file.write_text(FINE.replace("replicas: 3", f"replicas: 3, access: {{api_keys_file: {keys}}}"))
+    assert main(["validate", str(file)]) == 2
+    assert "cannot read the API keys" in capsys.readouterr().err
+    keys.write_text("alice 0123456789abcdef")
+    keys.chmod(0o644)
+    assert main(["validate", str(file)]) == 2
+    assert "chmod 600" in capsys.readouterr().err
+    keys.chmod(0o600)
+    assert main(["validate", str(file)]) == 0

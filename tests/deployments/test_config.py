@@ -44,6 +44,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"engine": []}, r"`engine` is \[\], but it should be a valid dictionary"),
     ({"balancer": 3}, "`balancer` is 3, but it should be a valid dictionary"),
     ({"monitoring": None}, "`monitoring` is None"),
+    ({"access": {"keys": "x"}}, "unknown key `access.keys`; known here are .*api_keys_file"),
+    ({"access": {"api_keys_file": "keys"}}, "`access.api_keys_file` is 'keys', but it must be an absolute path"),
+    ({"access": {"extra_routes": ["version"]}}, "`access.extra_routes` is .*must be paths such as /version"),
+    ({"access": {"extra_routes": ["/a b' }"]}}, "`access.extra_routes` is "),
+    *(
+        ({"access": {key: value}}, f"`access.{key}` is ")
+        for key, value in [
+            ("requests_per_minute", 0), ("tokens_per_minute", -1), ("concurrent", 0), ("concurrent", "x"),
+            ("body_bytes", 0), ("body_bytes", "many"), ("file_bytes", -1), ("header_bytes", 10), ("header_bytes", "1M"),
+            ("header_s", 0), ("body_s", NAN), ("body_s", INFINITE), ("body_s", 0),
+        ]
+    ),
     *(({"replicas": n}, "`replicas` is ") for n in NO_REPLICAS),
     *(({"monitoring": {"sample_hz": hz}}, "`monitoring.sample_hz` is ") for hz in (0, -5, 101, NAN, INFINITE, "fast")),
     *(({"monitoring": {"memory_reserve_gib": g}}, "`monitoring.memory_reserve_gib` is ") for g in (-1, INFINITE, NAN)),

@@ -276,7 +276,7 @@ def test_its_folder_is_private_and_goes_with_it(tmp_path: Path) -> None:
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else's folder in our place under /tmp is not used."""
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.raises(ConfigError, match="belongs to another user"), launch._private_folder(tmp_path / "runs" / DEAD):
+    with pytest.raises(ConfigError, match="is not a folder of yours"), launch._private_folder(tmp_path / "runs" / DEAD):
         pass
 
 
@@ -299,6 +299,21 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_every_process_of_a_run_is_told_to_stay_on_loopback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own ports too; who wants a cluster says so in the environment, which wins."""
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
+    assert environment(run)["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    assert environment(run)["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "1"
+
+
+def test_vllms_sockets_lie_in_the_runs_private_folder(run: Run) -> None:
+    """There they are closed to others and go with the run; a socket's path may have 107 characters."""
+    folder = environment(run)["VLLM_RPC_BASE_PATH"]
+    assert folder == str(run.folder)
+    assert len(f"{launch.runs_folder()}/4194304-1234567890/{'x' * 36}") < 107
+
+
 def test_a_run_in_which_nothing_is_left_that_could_serve_ends_with_status_1(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,7 +322,7 @@ def test_a_run_in_which_nothing_is_left_that_could_serve_ends_with_status_1(
     run.folder.mkdir()
     child = place.process()
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **__: child)
-    monkeypatch.setattr(launch, "_write_haproxy", lambda path: None)
+    monkeypatch.setattr(launch, "_prepare", lambda config_path, *_: config_path)
     monkeypatch.setattr(launch, "_show", lambda output: None)
     monkeypatch.setattr(launch.live, "note_start", lambda *_: None)
     notices.stop(run.board, "no replica is left that could be started: its last 3 starts ended")

@@ -15,7 +15,8 @@ import pytest
 from balancer.board import ROUTER_ROWS, Board
 from balancer.readings import ReplicaReading
 from balancer.ticket import DIRECT, HEADER, Ticket
-from deployments.middleware import PROBE_PATH, Door
+from deployments.middleware import Door
+from deployments.routes import PROBE_PATH
 from deployments.slot import Slot
 
 ASSIGNED = Ticket("gpu_aware", "shortest_wait", row=2, tokens=40)
@@ -135,7 +136,7 @@ def test_what_was_cut_off_or_never_predicted_is_not_compared(place: Place, usage
         (429, 2.2, "3", "rate_limit_exceeded"),
         (429, 0.0, "1", "rate_limit_exceeded"),
         (503, 1.0, "1", "service_unavailable"),
-        (413, 5.0, "5", "service_unavailable"),
+        (413, 5.0, "5", "invalid_request_error"),
     ],
 )
 def test_a_refusal_is_spoken_as_openai_does(

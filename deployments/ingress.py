@@ -1,0 +1,123 @@
+"""What is changed in Ray Serve's HAProxy: who may connect where, what is refused at once, what the router hears.
+
+Serve lets everybody connect to HAProxy's metrics, statistics and administration, sets no limit to a request's size or a
+sender's slowness, and answers in HTML. All of it is mended in the configuration, by `deployments.haproxy_edit`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from balancer import hint
+from deployments import errors, haproxy_edit, routes
+from deployments.haproxy_edit import Edit
+
+# The longest target that uvicorn's parser takes.
+_TARGET_BYTES = 8192
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
+# Serve answers these itself, for load balancers.
+_SERVES_OWN = ("/-/healthz", "/-/routes")
+_REQUEST_ID = "^[A-Za-z0-9._:-]{1,128}$"
+# One entry for each key that was shown lately; the least used is forgotten first.
+_KEYS_TABLE = "backend splitwiser_keys\n    stick-table type string len 64 size 64k expire 10m store http_req_cnt\n"
+# What HAProxy says itself, instead of its pages; 2.8 uses its own nevertheless for what it cannot parse at all (#3032).
+_OWN_ERRORS = {
+    400: ("Bad Request", "bad_http", "this is not a valid HTTP request"),
+    408: ("Request Timeout", "too_slow", "the request did not arrive in time"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """The public side's limits: sizes in bytes, times in seconds, and routes opened beside the usual ones."""
+
+    body_bytes: int
+    file_bytes: int
+    header_bytes: int
+    header_s: float
+    body_s: float
+    extra_routes: tuple[str, ...] = ()
+
+
+def write_stand_in(
+    folder: Path, name: str, binary: str, entrance: Entrance, host: str, loopback_ports: Sequence[int]
+) -> None:
+    """The script that Serve starts instead of HAProxy's binary, and what it needs, in the run's private folder."""
+    plan, script = folder / "haproxy.json", folder / name
+    plan.write_text(json.dumps(edits(folder, entrance, host, loopback_ports)))
+    for status, words in _OWN_ERRORS.items():
+        (folder / f"{status}.http").write_text(_page(status, *words), newline="")
+    command = [sys.executable, "-I", "-S", haproxy_edit.__file__, str(plan), binary]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.chmod(0o700)
+
+
+def edits(folder: Path, entrance: Entrance, host: str, loopback_ports: Sequence[int]) -> list[Edit]:
+    """Everything that is changed in Serve's configuration. `host` is where the public address is, and nothing else."""
+    ports = "|".join(map(str, loopback_ports))
+    errorfiles = "".join(f"    errorfile {status} {folder}/{status}.http\n" for status in _OWN_ERRORS)
+    timeouts = f"    timeout http-request {_ms(entrance.header_s)}\n"
+    rules = "".join(f"    {rule}\n" for rule in frontend_rules(entrance))
+    return [
+        (r"^( *stats socket \S+ mode) 666 ", r"\1 600 ", 1),
+        (rf"^( *bind) [*]?:({ports})$", r"\1 127.0.0.1:\2", len(loopback_ports)),
+        (r"^defaults\n", _literal("defaults\n" + timeouts + errorfiles), 1),
+        (
+            r"^(frontend http_frontend\n *bind) \S*:(\d+)\n",
+            rf"\1 {host}:\2" + _literal("\n" + rules),
+            1,
+        ),
+        (r"wait-for-body time \d+s ", f"wait-for-body time {_ms(entrance.body_s)} ", 0),
+        (r"\Z", _literal(_KEYS_TABLE), 1),
+    ]
+
+
+def frontend_rules(entrance: Entrance) -> list[str]:
+    """The public address's rules, before all of Serve's."""
+    paths = " ".join(sorted(routes.public(entrance.extra_routes).exact.union(_SERVES_OWN)))
+    return [
+        _refuse(431, "headers_too_large", f"headers may have {entrance.header_bytes} bytes",
+                f"{{ req.hdrs,length gt {entrance.header_bytes} }}"),
+        _refuse(414, "target_too_long", "the address is too long", f"{{ url,length gt {_TARGET_BYTES} }}"),
+        f"acl splitwiser_public path -m str {paths}",
+        f"acl splitwiser_public path_beg {' '.join(routes.PREFIXES)}",
+        _refuse(404, None, "there is no such route here", "!splitwiser_public"),
+        _refuse(405, None, "this method is not served here", f"!{{ method {' '.join(_METHODS)} }}"),
+        f"acl splitwiser_file path -m str {routes.FILES}",
+        _refuse(413, "body_too_large", f"a body may have {entrance.body_bytes} bytes",
+                f"!splitwiser_file {{ req.body_size gt {entrance.body_bytes} }}"),
+        _refuse(413, "body_too_large", f"a file may have {entrance.file_bytes} bytes",
+                f"splitwiser_file {{ req.body_size gt {entrance.file_bytes} }}"),
+        "http-request del-header x-request-id if { req.hdr_cnt(x-request-id) gt 1 }",
+        f"http-request del-header x-request-id if !{{ req.fhdr(x-request-id) -m reg {_REQUEST_ID} }}",
+        "http-request track-sc0 req.fhdr(authorization),sha2(256),hex table splitwiser_keys",
+        "http-request track-sc0 req.fhdr(x-api-key),sha2(256),hex table splitwiser_keys"
+        " if !{ req.hdr(authorization) -m found }",
+        hint.haproxy_rule(),
+    ]  # fmt: skip
+
+
+def _refuse(status: int, code: str | None, message: str, condition: str) -> str:
+    text = json.dumps(errors.body(status, message, code))
+    return f"http-request return status {status} content-type application/json string '{text}' if {condition}"
+
+
+def _page(status: int, phrase: str, code: str, message: str) -> str:
+    text = json.dumps(errors.body(status, message, code))
+    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n"
+    return f"{head}connection: close\r\n\r\n{text}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{round(seconds * 1000)}ms"
+
+
+def _literal(text: str) -> str:
+    """As a replacement in which nothing is special."""
+    return re.sub(r"\\", r"\\\\", text)
