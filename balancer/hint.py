@@ -26,24 +26,32 @@ MOST_PRIORITY = 100
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """`priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none."""
+    """`priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none.
+
+    `path` is where the request goes, "" when HAProxy does not tell; `part` marks a part of a batch, which only replicas
+    ask for, at the router's own port.
+    """
 
     session: str = ""
     priority: int = 0
     explain: bool = False
     timeout_s: float | None = None
     authorization: str = ""
+    path: str = ""
+    part: bool = False
 
     @staticmethod
     def decode(text: str) -> Hint:
         """Never raises: what a client wrote that makes no sense counts as not written."""
-        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 1))
+        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 2))
         return Hint(
             values.get("session", ""),
             _priority(values.get("priority", "")),
             values.get("explain", "") not in ("", "0", "false"),
             _seconds(values.get("timeout", "")),
             values.get("authorization", ""),
+            values.get("path", ""),
+            values.get("part", "") == "1",
         )
 
 
@@ -52,7 +60,8 @@ NO_HINT = Hint()
 
 def haproxy_rule() -> str:
     """The line of HAProxy's configuration that composes the header."""
-    parts = [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
+    parts = ["path=%[path,url_enc]"]
+    parts += [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
     return f"http-request set-header {HEADER} {'&'.join(parts)}"
 
 

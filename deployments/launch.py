@@ -29,7 +29,7 @@ from balancer.readings import ReplicaState
 from deployments import device, gpu_setup, live, notices, processes
 from deployments.config import ConfigError, ServeArgs, load
 from deployments.middleware import PROBE_PATH
-from deployments.processes import RUN_VARIABLE, runs_folder
+from deployments.processes import RUN_VARIABLE, URL_VARIABLE, runs_folder
 from deployments.targets import Targets
 from monitoring import discovery
 
@@ -97,6 +97,7 @@ def environment(run: Run) -> dict[str, str]:
     """What Ray Serve and vLLM read from the environment, on top of the caller's own, which wins where it may."""
     needed = {
         RUN_VARIABLE: run.run_id,
+        URL_VARIABLE: run.url,
         "RAY_SERVE_ENABLE_HA_PROXY": "0" if run.plain else "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run.folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run.folder / "ctl"),

@@ -211,10 +211,10 @@ def test_only_what_haproxy_reaches_is_named(house: House, monkeypatch: pytest.Mo
     """Replicas that HAProxy does not know yet, or no longer, receive nothing, and its silence keeps its last view."""
     house.replica("app#Replica#a")
     house.replica("app#Replica#b")
-    views: list[frozenset[str] | OSError] = [frozenset({"app-Replica-b"}), ConnectionError("gone")]
+    views: list[dict[str, str] | OSError] = [{"app-Replica-b": "127.0.0.1:1"}, ConnectionError("gone")]
     asked = asyncio.Event()
 
-    async def ask(socket: Path) -> frozenset[str]:
+    async def ask(socket: Path) -> dict[str, str]:
         view = views.pop(0)
         if not views:
             asked.set()
@@ -241,7 +241,7 @@ def test_nobody_reachable_is_503(house: House) -> None:
     """Replicas on the board of which HAProxy reaches none cannot even speak a refusal."""
     house.replica("a")
     router = house.router()
-    router._reachable = frozenset()
+    router._reachable = {}
     assert at_once(router)[0] == 503
 
 
