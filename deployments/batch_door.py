@@ -109,7 +109,7 @@ class BatchDoor:
             nonlocal status
             status = message.get("status", status)
 
-        target = {**scope, "path": _CHECK_PATH, "raw_path": _CHECK_PATH.encode()}
+        target = {**scope, "path": _CHECK_PATH, "raw_path": _CHECK_PATH.encode(), "state": {**scope.get("state", {})}}
         await self._app(target, _again(body, _never), look)
         if 400 <= status < 500:
             raise AskWhole("vLLM refuses the batch")
