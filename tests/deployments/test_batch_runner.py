@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from deployments import batch_runner
+from deployments import batch_lines, batch_runner
 from deployments.batch_lines import MOST_ERRORS, MOST_LINES
 from deployments.batch_runner import BatchRunner, PublicAddress, Reply
 from deployments.batch_store import WINDOW_S, BatchStore
@@ -188,7 +188,7 @@ def test_a_line_that_breaks_the_server_every_time_fails_alone(house: House) -> N
         (line("a", body=[]), "invalid_value", 1),
         (line("a", body={"prompt": "x"}), "invalid_value", 1),
         (line("a", body={"model": "m", "stream": True}), "invalid_value", 1),
-        (line("a") * (MOST_LINES + 1), "duplicate_custom_id", 2),
+        (line("a") * (MOST_ERRORS + 9), "duplicate_custom_id", 2),
     ],
 )
 def test_a_file_with_a_wrong_line_fails_before_anything_is_sent(
@@ -202,9 +202,14 @@ def test_a_file_with_a_wrong_line_fails_before_anything_is_sent(
     assert (error["message"].count("\n"), house.server.asked, batch["failed_at"]) == (0, [], 1000)
 
 
-def test_more_lines_than_openai_allows_are_refused(house: House) -> None:
-    """50,000 are allowed, one more is not."""
-    batch = house.run(house.batch(content=b"".join(line(str(k)) for k in range(MOST_LINES + 1))))
+def test_more_lines_than_openai_allows_are_refused(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are allowed run, one more does not."""
+    assert MOST_LINES == 50_000
+    monkeypatch.setattr(batch_lines, "MOST_LINES", 30)
+    assert house.run(house.batch(*map(str, range(30))))["status"] == "completed"
+    house.server.asked.clear()
+    batch = house.run(house.batch(*map(str, range(31))))
+    assert house.server.asked == []
     assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "too_many_requests")
 
 
