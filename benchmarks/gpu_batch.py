@@ -1,9 +1,9 @@
 """A batch split by splitwiser-serve against the same batch on one engine, and against equal shares dealt by hand.
 
 `python -m benchmarks.gpu_batch --out rows.jsonl --logs FOLDER` starts four replicas of the shape OPT-125m on the GPU
-and times a batch of 160 prompts of 1,024 tokens with answers of 1,024 (`--demo`: a small one on CPUs), each way in turn,
-`--repeats` times. Prompts are token ids; sampling is at temperature 1, because greedy decoding of random weights repeats
-one token, which measures the detokenizer. The last row compares the medians.
+and times a batch of 160 prompts of 1,024 tokens with answers of 1,024 (`--demo`: a small one on CPUs), each way in
+turn, `--repeats` times. Prompts are token ids; sampling is at temperature 1, because greedy decoding of random weights
+repeats one token, which measures the detokenizer. The last row compares the medians.
 """
 
 from __future__ import annotations

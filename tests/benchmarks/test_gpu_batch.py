@@ -36,7 +36,7 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     asked: list[dict[str, Any]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - the library's name
+        def do_POST(self) -> None:
             wish = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append({**wish, "ticket": self.headers["x-serve-router-splitwiser"]})
             body = json.dumps({"usage": {"completion_tokens": len(wish["prompt"])}}).encode()
