@@ -31,8 +31,8 @@ DEFAULT_OUTPUT_TOKENS = 16
 # A part that failed is tried once more.
 ATTEMPTS = 2
 
-# A list of prompts seen in JSON text, without parsing it. A quote inside a string would be escaped.
-_LIST_OF_PROMPTS = re.compile(rb'(?<!\\)"prompt"\s*:\s*\[\s*["\[]')
+_KEY = b'"prompt"'
+_LIST_OF_PROMPTS = re.compile(rb'\s*:\s*\[\s*["\[]')
 # Fields that mean one request to one engine.
 _WHOLE_ONLY = ("prompt_embeds", "kv_transfer_params", "ec_transfer_params")
 
@@ -74,13 +74,24 @@ def sequences_announced(body: bytes, path: str, threshold: int) -> int:
 
     `body` may be cut short, as HAProxy does beyond its buffer: then a list of prompts counts as one sequence.
     """
-    if path not in ("", COMPLETIONS) or not threshold or not _LIST_OF_PROMPTS.search(body):
+    if path not in ("", COMPLETIONS) or not threshold or not _shows_list(body):
         return 0
     parsed = parse(body)
     if not parsed:
         return 1
     batch = read_batch(parsed, threshold) if "messages" not in parsed else None
     return batch.sequences if batch else 0
+
+
+def _shows_list(body: bytes) -> bool:
+    """Whether JSON text has a list of prompts, without parsing it: most bodies have none. A key inside a string would
+    have its quotes escaped."""
+    at = body.find(_KEY)
+    while at >= 0:
+        if body[at - 1 : at] != b"\\" and _LIST_OF_PROMPTS.match(body, at + len(_KEY)):
+            return True
+        at = body.find(_KEY, at + len(_KEY))
+    return False
 
 
 def sequence_tokens(batch: Batch) -> list[int]:

@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,29 +104,31 @@ class BatchRunner:
 
     async def _process(self, batch_id: str) -> None:
         """Bring one batch to its end, from wherever it was left."""
-        if self._store.status(batch_id) == "validating":
+        if await self._status(batch_id) == "validating":
             await asyncio.to_thread(self._store.validate, batch_id)
-        if self._store.status(batch_id) == "in_progress":
-            await self._until_stopped(batch_id, self._all_lines(batch_id))
-        if self._store.status(batch_id) in UNFINISHED:
+        if await self._status(batch_id) == "in_progress":
+            await self._until_stopped(batch_id)
+        if await self._status(batch_id) in UNFINISHED:
             await asyncio.to_thread(self._store.finish, batch_id)
 
-    async def _until_stopped(self, batch_id: str, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work unless the batch is cancelled or its time is over. Raises what the work raises."""
-        expires_at = self._store.batch(batch_id)["expires_at"]
-        task = asyncio.create_task(work)
+    async def _status(self, batch_id: str) -> str:
+        return await asyncio.to_thread(self._store.status, batch_id)
+
+    async def _until_stopped(self, batch_id: str) -> None:
+        """Send all lines unless the batch is cancelled or its time is over. Raises what ended it otherwise."""
+        batch = await asyncio.to_thread(self._store.batch, batch_id)
+        task = asyncio.create_task(self._all_lines(batch_id, batch["input_file_id"]))
         try:
-            while not task.done() and self._clock() < expires_at:
+            while not task.done() and self._clock() < batch["expires_at"]:
                 await asyncio.wait({task}, timeout=_POLL_S)
-                if self._store.status(batch_id) != "in_progress":
+                if await self._status(batch_id) != "in_progress":
                     break
             if task.done():
                 task.result()
         finally:
             await _end([task])
 
-    async def _all_lines(self, batch_id: str) -> None:
-        input_file_id = self._store.batch(batch_id)["input_file_id"]
+    async def _all_lines(self, batch_id: str, input_file_id: str) -> None:
         async with asyncio.TaskGroup() as group:
             for line in await asyncio.to_thread(self._store.pending, batch_id):
                 await self._places.acquire()

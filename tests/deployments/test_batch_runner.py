@@ -132,9 +132,16 @@ def test_each_line_is_sent_once_and_its_answer_written_in_order(house: House) ->
 
 
 def test_no_more_lines_than_allowed_are_under_way(house: House) -> None:
-    """Over all batches together."""
+    """Over all batches together, and as many as that."""
+    gate = house.server.gate = asyncio.Event()
     house.batch(*(f"a{k}" for k in range(10)))
-    house.run(house.batch(*(f"b{k}" for k in range(10))), concurrency=3)
+
+    def open_when_full(batch: Any) -> bool:
+        if house.server.at_once == 3:
+            gate.set()
+        return batch["status"] in ENDED
+
+    house.run(house.batch(*(f"b{k}" for k in range(10))), open_when_full, concurrency=3)
     assert house.server.most_at_once == 3
 
 
