@@ -81,7 +81,9 @@ class Way:
 def open_client() -> aiohttp.ClientSession:
     """Without limits of time or number: how long an answer takes and how many are under way is decided elsewhere."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
-    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False)
+    # A connection kept alive may be closed by the other side just as a part is sent, which looks like a lost part.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector)
 
 
 def router_address(scope: Scope) -> str:
