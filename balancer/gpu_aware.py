@@ -111,7 +111,7 @@ class View:
         self.requests += cost.sequences
         self.group.requests += cost.sequences
         self.tokens += cost.tokens
-        self.prompts += 1
+        self.prompts += cost.sequences
         self._predict()
 
     def _predict(self) -> None:
