@@ -68,7 +68,7 @@ class Door:
             await _answer(send, *_error(503, "starting", "the router is not connected yet; try again", 1.0))
             return
         signed = self._signed(send, ticket.policy, _header(scope, _EXPLAINED))
-        if self._tickets_required and not ticket.sequences and ticket.status == 200:
+        if self._tickets_required and not ticket.sequences and ticket.status == 200 and not self._closed:
             await self._managed(scope, receive, signed)
             return
         number = self._slot.received(ticket)

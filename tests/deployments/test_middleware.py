@@ -319,6 +319,9 @@ def test_what_is_only_managed_here_is_not_counted_as_work(place: Place) -> None:
     assert (place.busiest, place.counts()) == (0, (0, 0, 0, 0))
     refused = ask(door, ticket=Ticket("gpu_aware", "full", status=429, sequences=0).encode())
     assert (refused.status_code, len(managed)) == (429, 1)
+    door.close("the engine is lost")
+    assert ask(door, ticket=Ticket("gpu_aware", "managed", sequences=0).encode()).status_code == 503
+    assert len(managed) == 1
 
 
 def test_without_haproxy_nobody_can_have_a_request_managed(place: Place) -> None:
