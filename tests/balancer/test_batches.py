@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.batches import (
@@ -97,6 +97,7 @@ def test_a_body_cut_short_counts_as_a_batch_when_it_begins_like_one() -> None:
     assert sequences_announced(json.dumps({"prompt": "x" * 5000}).encode()[:2000], COMPLETIONS, threshold=8) == 0
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_no_body_at_all_makes_the_router_raise(body: bytes) -> None:
     """Anything may be posted."""
@@ -131,6 +132,7 @@ def test_parts_shrink_towards_the_end() -> None:
     assert sum(sizes) == 160
 
 
+@settings(deadline=None)
 @given(WORK, ROOMS, st.integers(1, 4))
 def test_a_part_fits_the_room_or_is_a_single_prompt(tokens: list[int], room: Room, n: int) -> None:
     """Never more sequences or tokens than one replica has room for; a prompt too big for all goes alone."""
@@ -141,6 +143,7 @@ def test_a_part_fits_the_room_or_is_a_single_prompt(tokens: list[int], room: Roo
     assert alone or sum(tokens[part.first : part.end]) <= room.tokens
 
 
+@settings(deadline=None)
 @given(WORK, st.integers(0, 1 << 32))
 def test_no_prompt_is_lost_or_doubled_under_any_order_of_what_may_happen(tokens: list[int], seed: int) -> None:
     """Parts finish, are refused and fail in any order: at each moment every prompt is in exactly one place, none is

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.batches import Part
@@ -43,6 +43,7 @@ def engine(identity: Identity, texts: list[str], n: int) -> dict[str, Any]:
             "kv_transfer_params": None, "metrics": None}  # fmt: skip
 
 
+@settings(deadline=None)
 @given(TEXTS, CUTS, st.integers(1, 3), st.randoms())
 def test_merged_answers_equal_the_unsplit_one(texts: list[str], cuts: list[int], n: int, rng: Any) -> None:
     """Whatever the parts and the order in which they were answered: choices, indices, usage, all other fields."""
@@ -86,6 +87,7 @@ def chunks(identity: Identity, texts: list[str], n: int, with_usage: bool) -> li
     return [*found, b"data: [DONE]\n\n"]
 
 
+@settings(deadline=None)
 @given(TEXTS, CUTS, st.integers(1, 3), st.booleans(), st.randoms())
 def test_a_merged_stream_holds_the_unsplit_streams_chunks(
     texts: list[str], cuts: list[int], n: int, with_usage: bool, rng: Any
