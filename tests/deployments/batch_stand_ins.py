@@ -49,7 +49,7 @@ def _event(chunk: dict[str, Any]) -> bytes:
 
 class Replica:
     """One replica's HTTP side. `faults` are met by the next requests, one each: 500, busy, refuse, cut, cut early,
-    error event, bad event, hang; then it works."""
+    error event, refusal event, bad event, hang; then it works."""
 
     def __init__(self, *faults: str) -> None:
         self.faults = list(faults)
@@ -87,6 +87,7 @@ class Replica:
         await answer.prepare(request)
         broken = {
             "error event": [b'data: {"error": {"message": "Internal server error", "code": 500}}\n\n'],
+            "refusal event": [b'data: {"error": {"message": "too many logprobs", "code": 400}}\n\n'],
             "bad event": [b"data: {\n\n"],
             "cut early": [],
             "cut": chunks[: len(chunks) // 2],

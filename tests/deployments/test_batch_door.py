@@ -212,6 +212,18 @@ def test_what_an_engine_refuses_is_refused_in_its_words(loop: asyncio.Runner, wi
     assert engine.asked[-1] == COMPLETIONS
 
 
+def test_a_refusal_in_a_stream_is_asked_from_one_engine_too(loop: asyncio.Runner) -> None:
+    """vLLM finds some faults only once it has begun to stream: it then refuses by an event with a 4xx in it."""
+    engine = OwnEngine()
+
+    async def exchange() -> Answer:
+        async with House(Replica(*["refusal event"] * 50), Replica(*["refusal event"] * 50)) as house:
+            return await through_door(Client(STREAM, house.address), engine)
+
+    assert run(loop, exchange()).json == document(STREAM)
+    assert engine.asked[-1] == COMPLETIONS
+
+
 @pytest.mark.parametrize("wish", [WISH, STREAM], ids=["whole", "stream"])
 def test_a_client_that_hangs_up_ends_every_part(loop: asyncio.Runner, wish: dict[str, Any]) -> None:
     """All requests to replicas are cancelled, and nothing is sent any more."""
