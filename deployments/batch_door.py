@@ -12,14 +12,15 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 
 from balancer.batches import COMPLETIONS, Batch, Part, Room, WorkList, read_batch, sequence_tokens
 from balancer.cost import parse
-from balancer.merge import Identity, MergedStream, MergeError, PartStream, merge_answers
+from balancer.merge import Identity, MergeError
 from balancer.ticket import Ticket
+from deployments.batch_output import PASSING, AskWhole, Output, PartLost, StreamOutput, WholeOutput, reason_of
 from deployments.batch_way import Place, RouterGoneError, Way, header, router_address
 from deployments.middleware import App, Message, Receive, Scope, Send, _answer, _refusal
 
@@ -29,16 +30,6 @@ _REFUSALS = 3
 # A replica that lost a part is named again for as long as the router has not noticed.
 _ASKED_ELSEWHERE = 4
 _NOTICED_AFTER_S = 0.5
-# Not about the request itself, though 4xx: it may go better elsewhere or later.
-_PASSING = (408, 425, 429)
-
-
-class PartLost(Exception):  # noqa: N818 - what became of a part, not a mistake of anybody
-    """A part was not answered in full. `sent`: some of it has reached the client already."""
-
-    def __init__(self, reason: str, sent: bool = False) -> None:
-        super().__init__(reason)
-        self.sent = sent
 
 
 class BatchFailedError(Exception):
@@ -53,11 +44,7 @@ class BatchRefusedError(Exception):
         self.ticket = ticket
 
 
-class AskWhole(Exception):  # noqa: N818 - see above
-    """An engine refuses the body, or a part of it: what it says to the whole is the answer."""
-
-
-class ClientGone(Exception):  # noqa: N818 - see above
+class ClientGone(Exception):  # noqa: N818 - one end of a batch among others
     """The client has hung up."""
 
 
@@ -114,21 +101,6 @@ class BatchDoor:
         if 400 <= status < 500:
             raise AskWhole("vLLM refuses the batch")
         checked.set()
-
-
-class Output(Protocol):
-    """Where the parts' answers go. `begun`: some bytes are with the client."""
-
-    begun: bool
-
-    async def take(self, part: Part, answer: aiohttp.ClientResponse, checked: asyncio.Event) -> None:
-        """Take a part's answer in. Raises PartLost, aiohttp.ClientError or OSError."""
-
-    async def end(self, parts: int) -> None:
-        """All parts have been taken."""
-
-    async def fail(self, reason: str) -> None:
-        """Tell the client that the batch has failed."""
 
 
 async def _run(run: Run, check: Any, receive: Receive) -> None:
@@ -231,111 +203,17 @@ class Run:
 
     async def _exchange(self, part: Part, place: Place, body: bytes) -> None:
         async with self._way.send(place, body, f"{self._id}-{part.number}") as answer:
-            if 400 <= answer.status < 500 and answer.status not in _PASSING:
-                raise AskWhole(_reason(answer.status, await answer.read()))
+            if 400 <= answer.status < 500 and answer.status not in PASSING:
+                raise AskWhole(reason_of(answer.status, await answer.read()))
             if answer.status != 200:
-                raise PartLost(_reason(answer.status, await answer.read()))
+                raise PartLost(reason_of(answer.status, await answer.read()))
             await self._output.take(part, answer, self.checked)
-
-
-class WholeOutput:
-    """The batch's answer in one document."""
-
-    begun = False
-
-    def __init__(self, batch: Batch, identity: Identity, send: Send) -> None:
-        self._n = batch.n
-        self._identity = identity
-        self._send = send
-        self._answers: list[tuple[Part, dict[str, Any]]] = []
-
-    async def take(self, part: Part, answer: aiohttp.ClientResponse, checked: asyncio.Event) -> None:
-        document = parse(await answer.read())
-        merge_answers([(part, document)], self._n, self._identity)  # raises here, while the part can be tried again
-        self._answers.append((part, document))
-
-    async def end(self, parts: int) -> None:
-        body = merge_answers(self._answers, self._n, self._identity)
-        await _answer(self._send, 200, body, [(b"x-splitwiser-parts", str(parts).encode())])
-
-    async def fail(self, reason: str) -> None:
-        await _answer(self._send, 500, _failure(reason), [])
-
-
-class StreamOutput:
-    """The batch's answer as one stream of events, which begins when vLLM has found no fault with the whole body."""
-
-    def __init__(self, batch: Batch, identity: Identity, send: Send) -> None:
-        self._n = batch.n
-        self._merged = MergedStream(identity)
-        self._send = send
-        self._one_at_a_time = asyncio.Lock()
-        self.begun = False
-
-    async def take(self, part: Part, answer: aiohttp.ClientResponse, checked: asyncio.Event) -> None:
-        await checked.wait()
-        stream, sent = PartStream(part, self._n, self._merged), False
-        try:
-            async for data in answer.content.iter_any():
-                passage = stream.feed(data)
-                if passage.send:
-                    await self._write(passage.send)
-                    sent = True
-                if passage.done:
-                    stream.commit()
-                    return
-                if passage.error:
-                    raise _met(passage.error, sent)
-        except (aiohttp.ClientError, OSError, MergeError) as error:
-            raise PartLost(str(error) or type(error).__name__, sent) from None
-        raise PartLost("its stream ended early", sent)
-
-    async def end(self, parts: int) -> None:
-        await self._write(self._merged.end())
-        await self._send({"type": "http.response.body", "body": b""})
-
-    async def fail(self, reason: str) -> None:
-        """An error event and no [DONE]; before the first byte an ordinary error."""
-        if not self.begun:
-            await _answer(self._send, 500, _failure(reason), [])
-            return
-        await self._write(b"data: " + json.dumps(_failure(reason)).encode() + b"\n\n")
-        await self._send({"type": "http.response.body", "body": b""})
-
-    async def _write(self, data: bytes) -> None:
-        async with self._one_at_a_time:
-            if not self.begun:
-                self.begun = True
-                headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 def _identity(scope: Scope, batch: Batch) -> Identity:
     """As vLLM names answers: by the client's request id where there is one."""
     wished = header(scope, "x-request-id") or batch.body.get("request_id") or uuid.uuid4().hex
     return Identity(f"cmpl-{wished}", int(time.time()))
-
-
-def _failure(reason: str) -> dict[str, Any]:
-    return {"error": {"message": reason, "type": "InternalServerError", "param": None, "code": 500}}
-
-
-def _met(event: bytes, sent: bool) -> Exception:
-    """What an error event in a part's stream means: a refusal, which vLLM makes so once it has begun to stream, or a
-    failure."""
-    error = parse(event.removeprefix(b"data: ")).get("error")
-    status = error.get("code") if isinstance(error, dict) else 500
-    reason = _reason(status if isinstance(status, int) else 500, event.removeprefix(b"data: "))
-    if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING:
-        return AskWhole(reason)
-    return PartLost(reason, sent)
-
-
-def _reason(status: int, body: bytes) -> str:
-    error = parse(body).get("error")
-    message = error.get("message") if isinstance(error, dict) else None
-    return f"it answered {status}" + (f" ({message})" if message else "")
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> tuple[BaseException, ...]:
