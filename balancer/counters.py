@@ -36,9 +36,9 @@ CHOICES = (
     ("gpu_aware", "most_room"),
     (OTHER, OTHER),
 )
-REJECTIONS = ("no_replica_ready", "queue_full", "queue_deadline", OTHER)
+REJECTIONS = ("no_replica_ready", "queue_full", "queue_deadline", "client_timeout", "stopping", OTHER)
 # Why a replica that is on the board stopped receiving work without having asked for it.
-EJECTIONS = ("stale", "unreachable", "failed", OTHER)
+EJECTIONS = ("errors", "stalled", "stale", "unreachable", "failed", OTHER)
 # A decision takes 20 to 500 us; a wait ends with its deadline, 30 s by default.
 DECISION_BOUNDS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 WAIT_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -130,7 +130,7 @@ class RouterCounters:
         self._words[_AT["rejections"] + _REJECTION.get(reason, len(REJECTIONS) - 1)] += 1
 
     def count_ejection(self, reason: str) -> None:
-        """A replica stopped receiving work because it is `stale`, `unreachable` or `failed`."""
+        """A replica stopped receiving work, for one of the EJECTIONS."""
         self._words[_AT["ejections"] + _EJECTION.get(reason, len(EJECTIONS) - 1)] += 1
 
     def count_retry(self) -> None:

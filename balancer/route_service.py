@@ -18,16 +18,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from balancer import explain, haproxy_view
+from balancer import explain, haproxy_view, ledger, stopping
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
 from balancer.cost import CostEstimator
 from balancer.counters import RouterCounters
+from balancer.health import Health
 from balancer.hint import HEADER as HINT_HEADER
 from balancer.hint import NO_HINT, SESSION, Hint
 from balancer.knobs import Knobs
 from balancer.on_the_way import OnTheWay
-from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict
+from balancer.ledger import End
+from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict, reject
 from balancer.ticket import HEADER, Ticket
 
 logger = logging.getLogger(__name__)
@@ -79,8 +81,12 @@ class RouteService:
         self._waiting: dict[str, Waiter] = {}
         self._lost_counted = 0
         self._reachable: frozenset[str] | None = None
+        self._speakers: tuple[ReplicaReading, ...] = ()
+        self._health = Health(knobs)
+        self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._attach()
+        self._page = ledger.Page.of_router(board_path)
 
     async def start(self) -> None:
         """Begin to release what waits, and to follow HAProxy's view and the board's file."""
@@ -95,10 +101,12 @@ class RouteService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for waiter in list(self._waiting.values()):
             if not waiter.future.done():
+                self._page.end(End.REJECTED)
                 waiter.future.set_result((503, b'{"detail":"the router is stopping"}'))
         self._counters.leave()
         self._row.release()
         self._board.leave()
+        self._page.leave()
 
     def check(self) -> None:
         """Raises what ended a background task: without it what waits would wait for ever."""
@@ -109,6 +117,7 @@ class RouteService:
     def reconfigure(self, knobs: Knobs) -> None:
         """Take another policy or other knobs, effective with the next decision; what waits goes on waiting."""
         self._dispatcher.reconfigure(knobs)
+        self._health.knobs = knobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -130,16 +139,20 @@ class RouteService:
         snapshot = self._snapshot()
         if PROBE_FIELD in body and (slot := _probed_slot(body)) is not None:
             return _probe(slot, snapshot)
+        self._page.enter()
         cost, request_id = self._estimator.estimate(body, hint.session, hint.priority), next(self._ids)
         began_s = time.perf_counter()
-        decision = self._dispatcher.submit(request_id, cost, snapshot)
+        decision = self._dispatcher.submit(request_id, cost, snapshot) if not self._stopping else _STOPPING
         self._count(decision, time.perf_counter() - began_s)
         self._publish_counts(snapshot.now_s)
         if decision.verdict is not Verdict.WAIT:
             return self._answer(decision, cost, snapshot, hint)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
         self._waiting[request_id] = Waiter(cost, hint, snapshot.now_s, future)
         future.add_done_callback(lambda _: self._forget(request_id))
+        if hint.timeout_s is not None:
+            loop.call_later(hint.timeout_s, self._give_up, request_id)
         return future
 
     @property
@@ -152,22 +165,29 @@ class RouteService:
         either: set[asyncio.Future[Any]] = {future, hung_up}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            self._counters.count_cancelled()
-            return 503, b'{"detail":"the client has gone"}'
+            return future.result() if future.done() else (503, b'{"detail":"the client has gone"}')
         finally:
             hung_up.cancel()
-            future.cancel()
+            if future.cancel():  # not if it was decided; Serve may cancel us before we see the hang-up ourselves
+                self._counters.count_cancelled()
+                self._page.end(End.CANCELLED)
 
     def _forget(self, request_id: str) -> None:
         waiter = self._waiting.pop(request_id)
         self._counters.observe_wait(self._clock() - waiter.since_s)
         self._dispatcher.cancel(request_id)
 
+    def _give_up(self, request_id: str) -> None:
+        """The client's own time is over while its request waits."""
+        waiter = self._waiting.get(request_id)
+        if waiter is not None and not waiter.future.done():
+            self._count(_TOO_LATE_FOR_CLIENT, 0.0)
+            waiter.future.set_result(self._answer(_TOO_LATE_FOR_CLIENT, waiter.cost, self._snapshot(), waiter.hint))
+
     async def _release(self) -> None:
         while True:
             await asyncio.sleep(_RELEASE_EVERY_S if self._waiting else _IDLE_EVERY_S)
+            self._stopping = stopping.asked(self._board_path) is not None
             snapshot = self._snapshot()
             began_s = time.perf_counter()
             decided = self._dispatcher.release(snapshot)
@@ -176,7 +196,9 @@ class RouteService:
                 waiter = self._waiting[request_id]
                 if not waiter.future.done():  # else its client went in this very turn of the loop
                     self._count(decision, each_s)
-                    waiter.future.set_result(self._answer(decision, waiter.cost, snapshot, waiter.hint))
+                    waited_s = snapshot.now_s - waiter.since_s
+                    answer = self._answer(decision, waiter.cost, snapshot, waiter.hint, waited_s)
+                    waiter.future.set_result(answer)
             self._publish_counts(snapshot.now_s)
 
     def _count(self, decision: Decision, seconds: float) -> None:
@@ -188,11 +210,15 @@ class RouteService:
     def _publish_counts(self, now_s: float) -> None:
         self._counters.count_lost(self._on_the_way.lost_total - self._lost_counted)
         self._lost_counted = self._on_the_way.lost_total
+        for reason in self._health.ejected():
+            self._counters.count_ejection(reason)
         self._counters.set_queue(self._dispatcher.waiting)
         self._counters.set_active(self._dispatcher.active)
         self._counters.publish(now_s)
 
-    def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot, hint: Hint) -> Answer:
+    def _answer(
+        self, decision: Decision, cost: RequestCost, snapshot: Snapshot, hint: Hint, waited_s: float = 0.0
+    ) -> Answer:
         policy = self._dispatcher.knobs.policy
         extra = {}
         if hint.explain:
@@ -202,24 +228,34 @@ class RouteService:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s)
             output = cost.output_tokens * cost.sequences
-            ticket = Ticket(policy, decision.reason, self._row.index, cost.tokens, output_tokens=output)
+            ticket = Ticket(
+                policy, decision.reason, self._row.index, cost.tokens, output_tokens=output, slot=replica.slot,
+                waited_s=waited_s,
+            )  # fmt: skip
+            self._page.hand_over()
             return _name(replica, ticket, extra)
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
-        if not snapshot.replicas:
+        if not self._speakers:
+            self._page.end(End.REJECTED)
             return 503, json.dumps({"detail": decision.reason}).encode()
-        ticket = Ticket(policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s)
-        return _name(max(snapshot.replicas, key=_most_likely_to_answer), ticket, extra)
+        speaker = max(self._speakers, key=_most_likely_to_answer)
+        ticket = Ticket(
+            policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s, slot=speaker.slot
+        )
+        self._page.hand_over()
+        return _name(speaker, ticket, extra)
 
     def _snapshot(self) -> Snapshot:
-        """The board as it is now, without the replicas that HAProxy cannot reach."""
+        """The board as it is now, without the replicas that HAProxy cannot reach or that are out of rotation."""
         snapshot = self._board.snapshot(self._clock())
         if self._on_the_way.reconcile(snapshot):
             snapshot = self._board.snapshot(snapshot.now_s)
         self._estimator.learn(snapshot)
-        if self._reachable is None:
-            return snapshot
-        known = tuple(r for r in snapshot.replicas if haproxy_view.server_name(r.replica_id) in self._reachable)
-        return Snapshot(snapshot.now_s, known, snapshot.gpus, snapshot.torn_slots)
+        if self._reachable is not None:
+            known = tuple(r for r in snapshot.replicas if haproxy_view.server_name(r.replica_id) in self._reachable)
+            snapshot = Snapshot(snapshot.now_s, known, snapshot.gpus, snapshot.torn_slots)
+        self._speakers = snapshot.replicas
+        return self._health.look(snapshot)
 
     def _attach(self) -> None:
         board = Board.open(self._board_path)
@@ -249,10 +285,22 @@ class RouteService:
     async def _follow_haproxy(self, socket: Path) -> None:
         while True:
             try:
-                self._reachable = await haproxy_view.ask(socket)
+                self._see(await haproxy_view.ask(socket))
             except (OSError, TimeoutError) as error:
                 logger.warning("HAProxy does not answer on %s (%s); keeping its last view", socket, error)
             await asyncio.sleep(_VIEW_EVERY_S)
+
+
+    def _see(self, reachable: frozenset[str]) -> None:
+        gone = (self._reachable or frozenset()) - reachable
+        ready = self._board.snapshot(self._clock()).ready(self._dispatcher.knobs.stale_after_s)
+        for _ in gone & {haproxy_view.server_name(replica.replica_id) for replica in ready}:
+            self._counters.count_ejection("unreachable")
+        self._reachable = reachable
+
+
+_STOPPING = reject(503, stopping.REASON, 1.0)
+_TOO_LATE_FOR_CLIENT = reject(504, "client_timeout", 1.0)
 
 
 def _most_likely_to_answer(replica: ReplicaReading) -> tuple[bool, float]:

@@ -113,6 +113,7 @@ class KnobBounds(_Bounds):
     """The balancer's knobs; their types and defaults stand in `balancer.knobs`."""
 
     stale_after_s: float | None = Field(None, gt=0)
+    stalled_after_s: float | None = Field(None, gt=0)
     seed: int | None = None
     queue_limit: int | None = Field(None, ge=0)
     queue_deadline_s: float | None = Field(None, ge=0)
