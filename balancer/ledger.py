@@ -1,9 +1,9 @@
 """How every request ended, counted where it cannot be lost: a file of 8-byte words beside the board.
 
-One page for each router and each replica, written only by its owner. A word is stored by
-one instruction, so a writer that is killed between two of them leaves nothing half-written: what entered and did not
-end is then known to have failed, and the page's next owner (or, before there is one, the reader) books it so. Pages
-outlive their owners, so that sums never fall.
+One page for each router and each replica, written only by its owner. A word is stored by one instruction, so a writer
+that is killed between two of them leaves nothing half-written: what entered and did not end is then known to have
+failed, and the page's next owner (or, before there is one, the reader) books it so. Pages outlive their owners, so that
+sums never fall.
 
 A request that came through a router enters there, and ends there or is handed over; a replica's door takes it from
 there. What was handed over and never reached a door was lost on the way. `entered` is therefore always the sum of the
@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
 
@@ -100,7 +100,7 @@ class Page:
         self._words[self._at + _REDIRECTED] += 1
 
     def leave(self) -> None:
-        """What is still open has failed. The last living owner of a page removes the file; leaving twice does nothing."""
+        """What is still open has failed. The last living owner of a page removes the file."""
         if self._map.closed:
             return
         self._book_open()
@@ -169,11 +169,14 @@ def _totals(pages: list[list[int]]) -> Totals:
     doors, routers = pages[:REPLICA_SLOTS], pages[REPLICA_SLOTS:]
     direct = sum(page[_DIRECT] for page in doors)
     on_the_way = sum(page[_HANDED_OVER] for page in routers) - sum(page[_ENTERED] for page in doors) + direct
-    ends = [sum(page[end] for page in pages) for end in End]
+    completed, cancelled, rejected, failed = (sum(page[end] for page in pages) for end in End)
     working = sum(map(_open_on, pages))
     return Totals(
         sum(page[_ENTERED] for page in routers) + direct,
-        *ends,
+        completed,
+        cancelled,
+        rejected,
+        failed,
         open=working + max(0, on_the_way),
         on_the_way=max(0, on_the_way),
         redirected=sum(page[_REDIRECTED] for page in doors),
@@ -183,8 +186,7 @@ def _totals(pages: list[list[int]]) -> Totals:
 def settled(totals: Totals) -> Totals:
     """The same when nothing runs any more: what is still on its way was lost, which is a failure."""
     lost = totals.on_the_way
-    counts = (totals.entered, totals.completed, totals.cancelled, totals.rejected, totals.failed + lost)
-    return Totals(*counts, open=totals.open - lost, redirected=totals.redirected)
+    return replace(totals, failed=totals.failed + lost, open=totals.open - lost, on_the_way=0)
 
 
 def _open_on(page: list[int]) -> int:

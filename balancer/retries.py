@@ -1,11 +1,11 @@
-"""How many requests may be tried again: a second try is work that nobody asked for, and comes when work is least wanted."""
+"""How many requests may be tried again: a second try is work that nobody asked for, when work is least wanted."""
 
 from __future__ import annotations
 
 from collections import deque
 
-# Google's SRE book, "Addressing Cascading Failures", caps retries at a tenth of the requests; gRPC and Envoy at a fifth,
-# with a floor, without which a quiet server could never retry.
+# As Envoy's retry budget: a fifth of the requests, and a floor of three, without which a quiet server never retries.
+# (The SRE book, "Addressing Cascading Failures", is stricter with a tenth.)
 RETRY_RATIO = 0.2
 RETRY_FLOOR = 3
 WINDOW_S = 10.0

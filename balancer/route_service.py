@@ -27,8 +27,8 @@ from balancer.health import Health
 from balancer.hint import HEADER as HINT_HEADER
 from balancer.hint import NO_HINT, SESSION, Hint
 from balancer.knobs import Knobs
-from balancer.on_the_way import OnTheWay
 from balancer.ledger import End
+from balancer.on_the_way import OnTheWay
 from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict, reject
 from balancer.ticket import HEADER, Ticket
 
@@ -289,7 +289,6 @@ class RouteService:
             except (OSError, TimeoutError) as error:
                 logger.warning("HAProxy does not answer on %s (%s); keeping its last view", socket, error)
             await asyncio.sleep(_VIEW_EVERY_S)
-
 
     def _see(self, reachable: frozenset[str]) -> None:
         gone = (self._reachable or frozenset()) - reachable

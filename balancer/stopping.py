@@ -1,4 +1,4 @@
-"""The wish to stop, as everybody on a node can see it: a file beside the board, which names the end of the grace period.
+"""The wish to stop, as everybody on a node can see it: a file beside the board that names the end of the grace time.
 
 Routers admit nothing new from then on; what runs goes on until the end, and is then ended with an error of its own.
 """

@@ -88,7 +88,7 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
         name="Replica",
         num_replicas=config.replicas,
         max_ongoing_requests=_UNLIMITED,
-        **_STOPPING,
+        **_STOPPING | {"graceful_shutdown_timeout_s": config.drain_s + _STOPPING["graceful_shutdown_timeout_s"]},
         health_check_period_s=5,
         ray_actor_options={
             "num_cpus": 0,

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from balancer.board import REPLICA_SLOTS
 from balancer.policies import POLICIES, Knobs
+from deployments.limits import Limits
 
 IMPORT_PATHS = ("deployments.app:build", "benchmarks.echo_app:build")
 
@@ -142,6 +143,19 @@ class MonitoringConfig(_Strict):
     memory_reserve_gib: float = Field(1.0, ge=0.0, strict=True)
 
 
+class LimitsConfig(_Strict):
+    """How long each part may take, in seconds. `queue_s` is another name of `balancer.queue_deadline_s`."""
+
+    queue_s: float | None = Field(None, gt=0, strict=True)
+    connect_s: int = Field(5, ge=1, le=60)
+    first_token_s: float = Field(Limits().first_token_s, gt=0)
+    between_tokens_s: float = Field(Limits().between_tokens_s, gt=0)
+    total_s: float = Field(Limits().total_s, gt=0)
+
+    def of_answers(self) -> Limits:
+        return Limits(self.first_token_s, self.between_tokens_s, self.total_s)
+
+
 class BalancerConfig(_Strict):
     """The policy and its knobs; unknown knobs are refused against `balancer.policies.Knobs`."""
 
@@ -170,6 +184,9 @@ class ServeArgs(_Strict):
     engine: dict[str, Any] = Field(default_factory=dict)
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    limits: LimitsConfig = LimitsConfig()
+    # How long what runs may go on after Ctrl-C, and in a replica that Serve replaces.
+    drain_s: float = Field(10.0, ge=0, le=3600)
 
     @field_validator("mps", mode="before")
     @classmethod
@@ -184,10 +201,20 @@ class ServeArgs(_Strict):
 def parse_args(raw: dict[str, Any]) -> ServeArgs:
     """Check the application's arguments. Raises ConfigError."""
     args = _validated(ServeArgs, raw, "args")
+    args = args.model_copy(update={"balancer": _with_queue_limit(args)})
     _check_knobs(args.balancer)
     _check_engine(args.engine)
     numbers = _validated(EngineBounds, args.engine, "engine").model_dump(exclude_none=True)
     return args.model_copy(update={"engine": {**args.engine, **numbers}})
+
+
+def _with_queue_limit(args: ServeArgs) -> BalancerConfig:
+    wished = args.limits.queue_s
+    if wished is None:
+        return args.balancer
+    if "queue_deadline_s" in (args.balancer.model_extra or {}):
+        raise ConfigError("`limits.queue_s` and `balancer.queue_deadline_s` are the same limit; set one of them")
+    return BalancerConfig(**{**args.balancer.model_dump(), "queue_deadline_s": wished})
 
 
 def live_knobs(at_start: dict[str, Any], changed: dict[str, Any]) -> Knobs:
@@ -238,7 +265,11 @@ def _sentence(error: pydantic.ValidationError, within: str) -> str:
     return f"`{key}` is {first['input']!r}, but it {reason}"
 
 
-_NESTED: dict[str, type[BaseModel]] = {"balancer": BalancerConfig, "monitoring": MonitoringConfig}
+_NESTED: dict[str, type[BaseModel]] = {
+    "balancer": BalancerConfig,
+    "monitoring": MonitoringConfig,
+    "limits": LimitsConfig,
+}
 
 
 def _siblings(location: tuple[int | str, ...]) -> list[str]:

@@ -123,4 +123,6 @@ async def build_openai_app(engine: Any, namespace: argparse.Namespace) -> Any:
     tasks = await engine.get_supported_tasks()
     app = build_app(namespace, tasks, engine.model_config)
     await init_app_state(engine, app.state, namespace, tasks)
+    # vLLM's answer to a dead engine ends with asking its own HTTP server to exit; here that is Serve's.
+    app.state.server = argparse.Namespace(should_exit=False)
     return app

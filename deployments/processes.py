@@ -20,6 +20,7 @@ from balancer.board import Owner, process_start_ticks
 RUN_VARIABLE = "SPLITWISER_RUN"
 ENGINE_VARIABLE = "SPLITWISER_ENGINE"
 _ENGINE_GRACE_S = 3.0
+_TRACKER_S = 3.0
 
 
 def new_run_id() -> str:
@@ -59,8 +60,20 @@ def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.P
         left = of_run(run_id, session)
         if not left:
             return []
-        end(left, grace_s)
+        trackers = [process for process in left if _is_tracker(process)]
+        end([process for process in left if process not in trackers], grace_s)
+        _, stubborn = psutil.wait_procs(trackers, timeout=_TRACKER_S)
+        end(stubborn, 0.0)
     return of_run(run_id, session)
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Python's resource trackers end by themselves after their last owner, and remove the shared memory and semaphores
+    that it left; killed before that, nobody does."""
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def name_of(process: psutil.Process) -> str:

@@ -25,6 +25,7 @@ from deployments.processes import ENGINE_VARIABLE
 from deployments.slot import Slot, stat_logger
 
 _ENGINE_STOP_S = 6.0
+_ENGINE_LOOK_EVERY_S = 0.1
 
 
 @serve.ingress()
@@ -56,8 +57,9 @@ class Replica:
         app = await engine.build_openai_app(self._engine, namespace)
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
-        policy = self._args.balancer.policy
-        return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)
+        self._watching = asyncio.create_task(self._watch_engine())
+        policy, limits = self._args.balancer.policy, self._args.limits.of_answers()
+        return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy, limits=limits)
 
     @contextlib.asynccontextmanager
     async def _turn(self, settings: EngineSettings) -> AsyncIterator[None]:
@@ -79,6 +81,12 @@ class Replica:
         proof = ", proven to be an MPS client" if settings.mps else ""
         self._say(f"ready in {time.monotonic() - began_s:.1f} s{proof}")
 
+    async def _watch_engine(self) -> None:
+        """Routers shall know of a dead engine at once, not only when Serve asks for its health."""
+        while not self._engine.errored:
+            await asyncio.sleep(_ENGINE_LOOK_EVERY_S)
+        self._slot.set_state(ReplicaState.FAILED)
+
     async def check_health(self) -> None:
         """Serve replaces the replica when its engine is dead."""
         try:
@@ -91,6 +99,8 @@ class Replica:
         self._slot.set_state(ReplicaState.DRAINING)
         for task in self._tasks:
             task.cancel()
+        if hasattr(self, "_watching"):
+            self._watching.cancel()
         if hasattr(self, "_engine"):
             self._engine.shutdown(timeout=_ENGINE_STOP_S)
         self._slot.close()
