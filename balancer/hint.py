@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
+from balancer import hung_up
+
 HEADER = "x-splitwiser-hint"
 SESSION = "x-session-id"
 # What is taken over, by the short name it travels under.
@@ -26,24 +28,28 @@ MOST_PRIORITY = 100
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """`priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none."""
+    """`client` is the other end of HAProxy's connection, as `balancer.hung_up` names it.
+
+    `priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none."""
 
     session: str = ""
     priority: int = 0
     explain: bool = False
     timeout_s: float | None = None
     authorization: str = ""
+    client: str = ""
 
     @staticmethod
     def decode(text: str) -> Hint:
         """Never raises: what a client wrote that makes no sense counts as not written."""
-        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 1))
+        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 3))
         return Hint(
             values.get("session", ""),
             _priority(values.get("priority", "")),
             values.get("explain", "") not in ("", "0", "false"),
             _seconds(values.get("timeout", "")),
             values.get("authorization", ""),
+            _client(values.get("from", ""), values.get("port", "")),
         )
 
 
@@ -53,7 +59,14 @@ NO_HINT = Hint()
 def haproxy_rule() -> str:
     """The line of HAProxy's configuration that composes the header."""
     parts = [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
-    return f"http-request set-header {HEADER} {'&'.join(parts)}"
+    return f"http-request set-header {HEADER} {'&'.join([*parts, 'from=%[src,url_enc]', 'port=%[src_port]'])}"
+
+
+def _client(address: str, port: str) -> str:
+    try:
+        return hung_up.name(address, int(port))
+    except ValueError:
+        return ""
 
 
 def _priority(text: str) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from balancer import explain, haproxy_view, ledger, stopping
+from balancer import explain, haproxy_view, hung_up, ledger, stopping
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
 from balancer.cost import CostEstimator
@@ -42,6 +42,8 @@ Send = Callable[[Message], Awaitable[None]]
 # HAProxy's view changes when replicas come and go, which is announced on the board first.
 _VIEW_EVERY_S = 0.5
 _BOARD_CHECK_EVERY_S = 1.0
+# A hang-up must free its place within a second.
+_CLIENTS_EVERY_S = 0.25
 # How often waiting requests are looked at: an engine step takes at least as long, and nothing frees room in between.
 _RELEASE_EVERY_S = 0.003
 # The same while nothing waits: the active set is measured then too.
@@ -92,6 +94,7 @@ class RouteService:
         """Begin to release what waits, and to follow HAProxy's view and the board's file."""
         self._tasks.append(asyncio.create_task(self._release()))
         self._tasks.append(asyncio.create_task(self._follow_board()))
+        self._tasks.append(asyncio.create_task(self._follow_clients()))
         if self._haproxy_socket is not None:
             self._tasks.append(asyncio.create_task(self._follow_haproxy(self._haproxy_socket)))
 
@@ -165,12 +168,11 @@ class RouteService:
         either: set[asyncio.Future[Any]] = {future, hung_up}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            return future.result() if future.done() else (503, b'{"detail":"the client has gone"}')
+            return future.result() if future.done() else _GONE
         finally:
             hung_up.cancel()
             if future.cancel():  # not if it was decided; Serve may cancel us before we see the hang-up ourselves
-                self._counters.count_cancelled()
-                self._page.end(End.CANCELLED)
+                self._client_left()
 
     def _forget(self, request_id: str) -> None:
         waiter = self._waiting.pop(request_id)
@@ -282,6 +284,20 @@ class RouteService:
             old_counters.leave()
             old.close()
 
+    async def _follow_clients(self) -> None:
+        """Forget what waits for a client that has gone: HAProxy does not tell."""
+        while True:
+            await asyncio.sleep(_CLIENTS_EVERY_S)
+            named = {w.hint.client: w for w in self._waiting.values() if w.hint.client}
+            for client in hung_up.clients() & named.keys() if named else ():
+                if not named[client].future.done():
+                    self._client_left()
+                    named[client].future.set_result(_GONE)
+
+    def _client_left(self) -> None:
+        self._counters.count_cancelled()
+        self._page.end(End.CANCELLED)
+
     async def _follow_haproxy(self, socket: Path) -> None:
         while True:
             try:
@@ -298,6 +314,7 @@ class RouteService:
         self._reachable = reachable
 
 
+_GONE: Answer = (503, b'{"detail":"the client has gone"}')
 _STOPPING = reject(503, stopping.REASON, 1.0)
 _TOO_LATE_FOR_CLIENT = reject(504, "client_timeout", 1.0)
 

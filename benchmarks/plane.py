@@ -141,8 +141,9 @@ class Plane:
         while True:
             await asyncio.sleep(0.05)
             dead = [index for index, worker in enumerate(self.replicas) if not worker.alive]
-            for index in dead:
-                self.replicas[index] = await self._replica(self.replicas[index].port)
+            born = await asyncio.gather(*(self._replica(self.replicas[index].port) for index in dead))
+            for index, worker in zip(dead, born, strict=True):
+                self.replicas[index] = worker
                 self.restarts += 1
             if dead:
                 await self.configure()

@@ -15,7 +15,7 @@ from balancer.board import REPLICA_SLOTS
 from balancer.policies import POLICIES, Knobs
 from deployments.limits import Limits
 
-IMPORT_PATHS = ("deployments.app:build", "benchmarks.echo_app:build")
+IMPORT_PATHS = ("deployments.app:build", "benchmarks.echo_app:build", "benchmarks.stand_in_app:build")
 
 # Engine arguments that the system itself sets; the second string says where the user's wish belongs.
 OWNED_ENGINE_ARGUMENTS = {
