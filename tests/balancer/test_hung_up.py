@@ -9,7 +9,7 @@ import pytest
 from balancer import hung_up
 
 
-@pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_a_client_that_closes_is_seen_and_one_that_waits_is_not(family: socket.AddressFamily, host: str) -> None:
     """From the moment that it closes until the server's side is closed too."""
     with socket.socket(family) as listener:
