@@ -11,12 +11,10 @@ holds, for each slot, the requests and tokens which that router assigned and the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import math
 import mmap
 import os
-import stat
 import struct
 import time
 import zlib
@@ -26,6 +24,8 @@ from pathlib import Path
 
 from balancer.on_the_way import LOST_AFTER_S
 from balancer.readings import GpuReading, GpuSource, ReplicaReading, ReplicaState, Snapshot
+from balancer.shared_file import BoardError as BoardError
+from balancer.shared_file import Layout, locked, ready
 
 GPU_RECORDS = 16
 REPLICA_SLOTS = 64
@@ -52,6 +52,7 @@ _GPU_AT = _HEADER_BYTES
 _SLOT_AT = _GPU_AT + GPU_RECORDS * _GPU_STRIDE
 _ROW_AT = _SLOT_AT + REPLICA_SLOTS * _SLOT_STRIDE
 BOARD_BYTES = _ROW_AT + ROUTER_ROWS * _ROW_STRIDE
+_LAYOUT = Layout("board", _HEADER.pack(_MAGIC, _LAYOUT_VERSION, BOARD_BYTES), BOARD_BYTES)
 
 # The same places counted in 8-byte words, to read many sequence numbers in one slice.
 _GPU_FIRST_WORD, _GPU_END_WORD, _GPU_WORDS = _GPU_AT // 8, _SLOT_AT // 8, _GPU_STRIDE // 8
@@ -60,10 +61,6 @@ _ROW_FIRST_WORD, _ROW_END_WORD, _ROW_WORDS = _ROW_AT // 8, BOARD_BYTES // 8, _RO
 
 # A writer holds a record for about 2 us; a reader that met it odd this often met a dead or suspended writer.
 _READ_ATTEMPTS = 8
-
-
-class BoardError(RuntimeError):
-    """The board cannot be opened or has no room; the message says why and what to do."""
 
 
 class Torn(Exception):  # noqa: N818 - what a reader met, not a mistake of anybody
@@ -126,14 +123,8 @@ class Board:
 
         Raises BoardError when the file belongs to another user, is no regular file, or the file system is full.
         """
-        while True:
-            descriptor = _open_file(path)
-            try:
-                with _locked(descriptor):
-                    if _made_ready(path, descriptor):
-                        return cls(path, descriptor)
-            finally:
-                os.close(descriptor)
+        with ready(path, _LAYOUT) as descriptor:
+            return cls(path, descriptor)
 
     def close(self) -> None:
         self._words.release()
@@ -143,7 +134,7 @@ class Board:
         """Close the board, and remove its file if nobody alive writes on it any more. Leaving twice does nothing."""
         if self._map.closed:
             return
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file, _locked(file.fileno()):
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file, locked(file.fileno()):
             if not self.replaced() and not any(self._owner_at(at).alive() for at in _every_record()):
                 self.path.unlink()
         self.close()
@@ -254,7 +245,7 @@ class Board:
     def _held_still(self) -> Iterator[None]:
         """Nobody else claims meanwhile, and the file is still the one that was mapped."""
         try:
-            with open(self.path, "rb") as file, _locked(file.fileno()):
+            with open(self.path, "rb") as file, locked(file.fileno()):
                 if self.replaced():
                     raise FileNotFoundError
                 yield
@@ -403,58 +394,6 @@ class GpuWriter:
 
     def release(self) -> None:
         self._record.release()
-
-
-@contextlib.contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
-    """Only claims take the lock, never reads or writes of records."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def _open_file(path: Path) -> int:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise BoardError(f"cannot open the board {path}: {error.strerror}; remove that file") from error
-    found = os.fstat(descriptor)
-    if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode):
-        return descriptor
-    os.close(descriptor)
-    if stat.S_ISREG(found.st_mode):
-        raise BoardError(f"the board {path} belongs to another user; remove it or name the application otherwise")
-    raise BoardError(f"cannot open the board {path}: it is not a regular file; remove it")
-
-
-def _made_ready(path: Path, descriptor: int) -> bool:
-    """Whether the locked file is a board and still at `path`; one of another layout is removed, never overwritten.
-
-    Whoever has mapped the old file keeps it, and sees that it was replaced.
-    """
-    found = os.fstat(descriptor)
-    if not found.st_nlink:
-        return False
-    if not found.st_size:
-        _initialise(path, descriptor)
-        return True
-    head = os.pread(descriptor, _HEADER.size, 0)
-    if found.st_size == BOARD_BYTES and _HEADER.unpack(head) == (_MAGIC, _LAYOUT_VERSION, BOARD_BYTES):
-        return True
-    path.unlink()
-    return False
-
-
-def _initialise(path: Path, descriptor: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, BOARD_BYTES)
-    except OSError as error:
-        os.ftruncate(descriptor, 0)
-        wanted = f"cannot make the board {path} of {BOARD_BYTES} bytes"
-        raise BoardError(f"{wanted}: {error.strerror}; free shared memory") from error
-    os.pwrite(descriptor, _HEADER.pack(_MAGIC, _LAYOUT_VERSION, BOARD_BYTES), 0)
 
 
 def _read(memory: mmap.mmap, at: int, size: int) -> tuple[int, float, bytes]:

@@ -10,20 +10,19 @@ The label sets are closed, and stand here: what is not in them counts as `other`
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from mmap import mmap
 from pathlib import Path
 
 from balancer.board import REPLICA_SLOTS, ROUTER_ROWS, BoardError, Owner
+from balancer.shared_file import Layout, locked, opened, ready
 
 OTHER = "other"
 # Every reason that a policy gives for an assignment, with the policy that gives it.
@@ -75,8 +74,8 @@ _HEADER_BYTES = 64
 _STRIDE = -(-(_RECORD.size + 8 * _WORDS) // 64) * 64
 COUNTERS_BYTES = _HEADER_BYTES + ROUTER_ROWS * _STRIDE
 # Another closed set is another layout.
-_LAYOUT = zlib.crc32(repr((CHOICES, REJECTIONS, EJECTIONS, DECISION_BOUNDS_S, WAIT_BOUNDS_S, _SECTIONS)).encode())
-_HEAD = _HEADER.pack(b"SPLTCNT1", _LAYOUT, COUNTERS_BYTES)
+_LABELS = zlib.crc32(repr((CHOICES, REJECTIONS, EJECTIONS, DECISION_BOUNDS_S, WAIT_BOUNDS_S, _SECTIONS)).encode())
+_LAYOUT = Layout("counters", _HEADER.pack(b"SPLTCNT1", _LABELS, COUNTERS_BYTES), COUNTERS_BYTES)
 _READ_ATTEMPTS = 8
 
 
@@ -112,12 +111,10 @@ class RouterCounters:
         if not 0 <= row < ROUTER_ROWS:
             raise BoardError(f"the board has {ROUTER_ROWS} router rows, not a row {row}; claim one first")
         path = counters_path(board)
-        while True:
-            with _opened(path) as descriptor, _locked(descriptor):
-                if _made_ready(path, descriptor):
-                    counters = cls(path, row, descriptor)
-                    counters.publish(0.0)
-                    return counters
+        with ready(path, _LAYOUT) as descriptor:
+            counters = cls(path, row, descriptor)
+            counters.publish(0.0)
+            return counters
 
     def count_decision(self, slot: int, policy: str, reason: str, seconds: float) -> None:
         """A request was assigned to `slot`; `seconds` is what it took to decide, waiting not included."""
@@ -174,7 +171,7 @@ class RouterCounters:
         """Give the row's counters to whoever comes next; the last living router removes the file."""
         self._owner = Owner(0, 0)
         self.publish(0.0)
-        with _opened(self._path) as descriptor, _locked(descriptor):
+        with opened(self._path, _LAYOUT) as descriptor, locked(descriptor):
             if os.fstat(descriptor).st_nlink and not any(record.owner.alive() for record in _all(descriptor)):
                 self._path.unlink()
         self._numbers.release()
@@ -245,7 +242,7 @@ class CountersReader:
         if inode != self._inode:
             self._inode = inode
             self._last.clear()
-        if os.pread(descriptor, _HEADER.size, 0) != _HEAD:
+        if os.pread(descriptor, _HEADER.size, 0) != _LAYOUT.head:
             self._last.clear()
             return
         for row in range(ROUTER_ROWS):
@@ -312,50 +309,3 @@ def _totals(records: Sequence[_Read]) -> RouterTotals:
 def _columns(records: Sequence[_Read], section: str) -> tuple[int, ...]:
     columns = zip(*(record.section(section) for record in records), strict=True)
     return tuple(map(sum, columns)) or (0,) * _SECTIONS[section]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise BoardError(f"cannot open the counters {path}: {error.strerror}; remove that file") from error
-    try:
-        if os.fstat(descriptor).st_uid != os.geteuid():
-            raise BoardError(f"the counters {path} belong to another user; have that file removed")
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def _made_ready(path: Path, descriptor: int) -> bool:
-    """Whether the locked file holds counters and is still at `path`; one of another layout is removed, never changed,
-    because others may have mapped it."""
-    found = os.fstat(descriptor)
-    if not found.st_nlink:
-        return False
-    if not found.st_size:
-        _initialise(path, descriptor)
-    elif found.st_size != COUNTERS_BYTES or os.pread(descriptor, _HEADER.size, 0) != _HEAD:
-        path.unlink()
-        return False
-    return True
-
-
-def _initialise(path: Path, descriptor: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, COUNTERS_BYTES)
-    except OSError as error:
-        os.ftruncate(descriptor, 0)
-        wanted = f"cannot make the counters {path} of {COUNTERS_BYTES} bytes"
-        raise BoardError(f"{wanted}: {error.strerror}; free shared memory") from error
-    os.pwrite(descriptor, _HEAD, 0)

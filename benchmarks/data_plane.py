@@ -26,7 +26,7 @@ from balancer.policies import POLICIES, Knobs, decide, make_policy
 from balancer.readings import ReplicaState, RequestCost
 from benchmarks.load import Load, run, summary
 from benchmarks.serving import serving
-from deployments.launch import runs_folder
+from deployments.processes import runs_folder
 
 REPLICAS = 2
 ECHO = {"replicas": REPLICAS, "device": "cpu", "balancer": {"policy": "least_queue"}}

@@ -1,7 +1,7 @@
 """What N vLLM engines on one GPU cost: decode step times and prefill times, with and without MPS, without HTTP.
 
-    python3 benchmarks/gpu_engines.py --plan benchmarks/gpu_engines_plan.json --out engines.jsonl --seconds 560
-    python3 benchmarks/gpu_engines.py --plan benchmarks/gpu_engines_plan.json --estimate
+    python -m benchmarks.gpu_engines --plan benchmarks/gpu_engines_plan.json --out engines.jsonl --seconds 560
+    python -m benchmarks.gpu_engines --plan benchmarks/gpu_engines_plan.json --estimate
 
 A plan lists groups. A group starts all engines of one model once; its rounds then use the first `engines` of them
 while the others wait idle. A round shares `batch` requests out among its engines, all sent at once, and ends when
@@ -30,7 +30,6 @@ import json
 import math
 import os
 import random
-import select
 import shutil
 import signal
 import statistics
@@ -45,9 +44,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.workers import Engine
+from deployments.gpu_setup import visible_gpus
+
 Json = dict[str, Any]
-# -P: a file beside this one must not hide a module that vLLM imports.
-WORKER_COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()), "--worker")
+WORKER_COMMAND = (sys.executable, "-m", "benchmarks.gpu_engines", "--worker")
 STOP_MARGIN_S = 22.0  # what ending the engines (10 s), MPS (8 s) and the interpreter may take after the last round
 ENGINE_GRACE_S = 10.0
 MPS_GRACE_S = 8.0
@@ -60,10 +61,6 @@ CONTEXT_POINTS = 4
 
 class PlanError(ValueError):
     """The plan cannot be run; says which entry and why."""
-
-
-class EngineError(RuntimeError):
-    """An engine ended or did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +358,7 @@ class GpuSampler:
 
         self._nvml = pynvml
         pynvml.nvmlInit()
-        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(visible_gpus()[0])
         self._samples: list[GpuSample] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -466,65 +463,6 @@ def _is_mps(pid: int) -> bool:
 
 
 # ---------------------------------------------------------------- an engine, seen from outside
-
-
-class Engine:
-    """One worker process with its own process group; JSON lines in, JSON lines out, its log in a file."""
-
-    def __init__(self, command: Sequence[str], env: dict[str, str], log: Path) -> None:
-        self._log = log
-        with log.open("w") as sink:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, env=env, start_new_session=True
-            )
-        self._unread = b""
-
-    def send(self, message: Json) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._error("took no more orders") from error
-
-    def receive(self, deadline_s: float) -> Json:
-        """The next line. Raises EngineError when the process ends or `deadline_s` (monotonic) passes first."""
-        while b"\n" not in self._unread:
-            self._read_some(deadline_s)
-        line, _, self._unread = self._unread.partition(b"\n")
-        answer: Json = json.loads(line)
-        return answer
-
-    def _read_some(self, deadline_s: float) -> None:
-        assert self._process.stdout is not None
-        # Short waits: children of a dead worker may hold its end of the pipe, and no end of file comes then.
-        ready, _, _ = select.select([self._process.stdout], [], [], 0.2)
-        if ready and (data := os.read(self._process.stdout.fileno(), 1 << 16)):
-            self._unread += data
-        elif self._process.poll() is not None:
-            raise self._error(f"ended with status {self._process.returncode}")
-        elif time.monotonic() > deadline_s:
-            raise self._error("did not answer in time")
-
-    def _error(self, what: str) -> EngineError:
-        tail = self._log.read_text(errors="replace")[-1500:]
-        return EngineError(f"the engine of {self._log.name} {what}; its log ends: {tail}")
-
-    def close(self) -> None:
-        """Ask it to end; its answer to a closed input is to leave."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-
-    def end(self, deadline_s: float) -> None:
-        """Wait for it until `deadline_s`, then kill whatever is left of its process group."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, deadline_s - time.monotonic()))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import yaml
 
 from balancer.board import board_path
@@ -34,7 +34,7 @@ from benchmarks import latency, rivals, shapes
 from benchmarks.load import Load, run, summary
 from benchmarks.rivals import Server, Setup
 from deployments import live
-from monitoring.sampler import NvmlReader, Sampler
+from monitoring.sampler import Sampler, open_reader
 
 SIZES = [1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384]
 ENGINE: dict[str, Any] = {
@@ -112,8 +112,12 @@ def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
         start = {"system": name, "shape": options.shape, "start_s": round(time.monotonic() - began_s, 1)}
         run(_load(server, SHAPES[options.shape], 32, 64, stream=False, tokens=(64, 16)), 2)
         for balancer in options.balancers if server.folder else [None]:
-            if balancer:
-                _apply(server, balancer)
+            if balancer and balancer != "gpu_aware":
+                try:
+                    _apply(server, balancer)
+                except subprocess.CalledProcessError as error:
+                    _write(options.out, {**start, "balancer": balancer, "failure": str(error)})
+                    continue
             with _recording(server, options.record if balancer == "gpu_aware" else None):
                 _loads(server, {**start, "balancer": balancer}, setup, options)
             if balancer == "gpu_aware":
@@ -192,7 +196,7 @@ def _exporter_url(folder: Path) -> str:
 def gpu_readings() -> Iterator[list[GpuReading]]:
     """The readings of the (first visible) GPU while the block runs."""
     readings: list[GpuReading] = []
-    reader = NvmlReader(pynvml, None, 0)
+    reader = open_reader(0, logging.getLogger(__name__))
     stop = threading.Event()
     thread = threading.Thread(target=Sampler(reader, readings.append, time.monotonic).run, args=(stop,))
     thread.start()

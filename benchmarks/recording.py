@@ -2,8 +2,8 @@
 
 JSON lines, gzipped. The first line tells what was recorded and names the columns; then come, in the order of time,
 samples of the board (`{"t", "gpus", "replicas", "torn", "active", "queue"}`) and scrapes (`{"t", "target", "took_s",
-"names", "changed"}`), which carry only what changed: `changed` pairs the number of a series with its new value, and
-`names` gives the next numbers to series not seen before. `t` is `time.monotonic()` of the machine recorded.
+"up", "names", "changed"}`), which carry only what changed: `changed` pairs the number of a series with its new value,
+and `names` gives the next numbers to series not seen before. `t` is `time.monotonic()` of the machine recorded.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """What the target said at `at_s`: its series (`name{labels}`) and their values as text. Empty: no answer."""
+    """What the target said at `at_s`, if it answered: its series (`name{labels}`) and their values as text."""
 
     at_s: float
     target: Target
     took_s: float
+    up: bool
     series: Mapping[str, str]
 
 
@@ -89,9 +90,10 @@ class Writer:
 
     def scrape(self, scrape: Scrape) -> None:
         with self._turn:
-            line = {"t": round(scrape.at_s, 6), **self._target(scrape.target), "took_s": round(scrape.took_s, 6)}
-            known = self._known.setdefault(int(line["target"]), _Known())
-            self._put({**line, **known.changes(scrape.series)})
+            target = self._target(scrape.target)
+            known = self._known.setdefault(int(target["target"]), _Known())
+            told = {"took_s": round(scrape.took_s, 6), "up": int(scrape.up)}
+            self._put({"t": round(scrape.at_s, 6), **target, **told, **known.changes(scrape.series)})
 
     def close(self) -> None:
         self._file.close()
@@ -183,4 +185,5 @@ def _scrapes(lines: Iterable[Mapping[str, Any]]) -> Iterator[Scrape]:
             targets.append(Target(line["labels"]))
             known.append(_Known())
         number = line["target"]
-        yield Scrape(line["t"], targets[number], line["took_s"], known[number].apply(line["names"], line["changed"]))
+        series = known[number].apply(line["names"], line["changed"])
+        yield Scrape(line["t"], targets[number], line["took_s"], bool(line["up"]), series)

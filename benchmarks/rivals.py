@@ -139,7 +139,7 @@ def splitwiser(setup: Setup, replicas: int, uses_mps: str, balancer: dict[str, A
 
 
 def _run_folder(pid: int) -> Path:
-    from deployments.launch import runs_folder
+    from deployments.processes import runs_folder
 
     return next(runs_folder().glob(f"{pid}-*"))
 

@@ -19,10 +19,10 @@ START_LIMIT_S = 600
 
 
 @contextlib.contextmanager
-def serving(application: Mapping[str, Any], flags: Sequence[str] = ()) -> Iterator[str]:
+def serving(application: Mapping[str, Any], flags: Sequence[str] = (), limit_s: float = START_LIMIT_S) -> Iterator[str]:
     """`splitwiser serve` with one application on a free port; yields its URL once ready.
 
-    Raises RuntimeError with the end of its log when it does not start.
+    Raises RuntimeError with the end of its log when it does not start within `limit_s`.
     """
     port = free_port()
     application = {**application, "args": {**application["args"], "monitoring": {"exporter_port": None}}}
@@ -38,11 +38,15 @@ def serving(application: Mapping[str, Any], flags: Sequence[str] = ()) -> Iterat
         with log.open("w") as output:
             child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait_ready(child, log)
+            _wait_ready(child, log, limit_s)
             yield f"http://127.0.0.1:{port}"
         finally:
             child.send_signal(signal.SIGINT)
-            child.wait(60)
+            try:
+                child.wait(60)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
 
 
 def free_port() -> int:
@@ -51,8 +55,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_ready(child: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + START_LIMIT_S
+def _wait_ready(child: subprocess.Popen[bytes], log: Path, limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
     while "splitwiser: ready" not in log.read_text():
         if child.poll() is not None or time.monotonic() > deadline_s:
             raise RuntimeError(f"the system did not start: ...{log.read_text()[-2000:]}")

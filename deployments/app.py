@@ -28,6 +28,16 @@ _UNLIMITED = 1_000_000
 _ONE_THREAD = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 # A vLLM engine on CPUs takes 5 s to end in order; killed sooner it leaves its shared memory behind.
 _STOPPING: dict[str, Any] = {"graceful_shutdown_timeout_s": 7.0, "graceful_shutdown_wait_loop_s": 0.1}
+# Serve replaces a replica after three failed checks in a row.
+_HEALTH_EVERY_S = 1.0
+# When to give up a replica that does not start is decided by its place (deployments/places.py), not by Serve's counts.
+_RETRIES_OF_REPLICAS = 1_000_000
+_RETRIES = 3
+
+
+def gpu_share(replicas: int) -> float:
+    """What one of `replicas` takes of a GPU, so that exactly so many fit: Ray counts in steps of 0.0001 and rounds."""
+    return 10_000 // replicas / 10_000
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -86,13 +96,14 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
     return serve.deployment(
         replica,
         name="Replica",
-        num_replicas=config.replicas,
+        num_replicas=config.total_replicas,
         max_ongoing_requests=_UNLIMITED,
         **_STOPPING | {"graceful_shutdown_timeout_s": config.drain_s + _STOPPING["graceful_shutdown_timeout_s"]},
-        health_check_period_s=5,
+        health_check_period_s=_HEALTH_EVERY_S,
+        max_constructor_retry_count=_RETRIES_OF_REPLICAS,
         ray_actor_options={
             "num_cpus": 0,
-            "num_gpus": 1 / config.replicas if on == "gpu" else 0,
+            "num_gpus": gpu_share(config.replicas) if on == "gpu" else 0,
             "runtime_env": _ONE_THREAD,
         },
         **options,
@@ -100,7 +111,13 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
 
 
 def _manager(args: dict[str, Any], on: str, board: str) -> serve.Application:
-    deployment = serve.deployment(DeviceManager, name="DeviceManager", ray_actor_options={"num_cpus": 0}, **_STOPPING)
+    deployment = serve.deployment(
+        DeviceManager,
+        name="DeviceManager",
+        max_constructor_retry_count=_RETRIES,
+        ray_actor_options={"num_cpus": 0},
+        **_STOPPING,
+    )
     return deployment.bind(args, on, board, _run_name())
 
 
@@ -109,6 +126,7 @@ def _router(config: ServeArgs, on: str, board: str) -> serve.Application:
         Router,
         name="Router",
         max_ongoing_requests=_UNLIMITED,
+        max_constructor_retry_count=_RETRIES,
         **_STOPPING,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_THREAD},
     )

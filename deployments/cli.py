@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +34,26 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check FILE and start nothing")
     _file(validate)
     validate.set_defaults(command=_validate)
+    plan = commands.add_parser("plan", help="print the memory plan of FILE, start nothing; status 1 if it cannot hold")
+    _file(plan)
+    plan.add_argument("--card", help="plan for this card instead of the GPUs here: a name such as A10, or 24GiB")
+    plan.set_defaults(command=_plan)
+    doctor = commands.add_parser("doctor", help="say what this machine lacks for serving FILE; status 1 if anything")
+    _file(doctor)
+    doctor.set_defaults(command=_doctor)
+    restart = commands.add_parser("restart", help="drain and replace one replica of the run that is going on")
+    restart.add_argument("slot", type=int, help="its slot, as `splitwiser top` shows it")
+    restart.set_defaults(command=_restart)
     change = commands.add_parser("apply", help="bring FILE's `balancer` section into force in the run that is going on")
     _file(change)
     change.add_argument(
         "--run", metavar="NAME", help="a run's folder name, where several go on (default: the youngest)"
     )
     change.set_defaults(command=_apply)
+    # No prefix characters: whatever follows belongs to the bench, its options and --help too.
+    bench = commands.add_parser("bench", help="the experiments of Splitwiser here", add_help=False, prefix_chars="\0")
+    bench.add_argument("words", nargs="*")
+    bench.set_defaults(command=_bench)
     decisions = commands.add_parser("decisions", help="the router's last decisions and what they were made from")
     decisions.set_defaults(command=_decisions)
     for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
@@ -57,10 +72,33 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(options.file, options.plain)
 
 
+def _bench(options: argparse.Namespace) -> int:
+    """Becomes `python -m benchmarks.bench`: nothing here imports what measures it, and Ctrl-C reaches it directly."""
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.bench", *options.words])
+
+
 def _validate(options: argparse.Namespace) -> int:
     args, _ = load(options.file)
     print(f"{options.file} is fine: {args.replicas} replicas of {args.public_name}, policy {args.balancer.policy}")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from deployments.plan_command import show_plan
+
+    return show_plan(options.file, options.card)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from deployments.doctor import doctor
+
+    return doctor(*load(options.file))
+
+
+def _restart(options: argparse.Namespace) -> int:
+    from deployments.restart_command import restart
+
+    return restart(newest_board(), options.slot)
 
 
 def _apply(options: argparse.Namespace) -> int:
@@ -110,8 +148,7 @@ def _newest_run(name: str | None = None) -> Path:
 
 
 def _living() -> list[Path]:
-    from deployments.launch import runs_folder
-    from deployments.processes import run_alive
+    from deployments.processes import run_alive, runs_folder
 
     return [folder for folder in runs_folder().glob("*-*") if run_alive(folder.name)]
 

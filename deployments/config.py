@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from balancer.board import REPLICA_SLOTS
+from balancer.board import GPU_RECORDS, REPLICA_SLOTS
 from balancer.policies import POLICIES, Knobs
 from deployments.limits import Limits
 
@@ -173,6 +173,26 @@ class BalancerConfig(_Strict):
         return Knobs(policy=self.policy, **(self.model_extra or {}))
 
 
+class RestartsConfig(_Strict):
+    """When a replica that keeps dying is given up: `deaths` in a row, each within `within_s` of having been ready."""
+
+    deaths: int = Field(3, ge=1, strict=True)
+    within_s: float = Field(120.0, gt=0)
+    first_wait_s: float = Field(1.0, ge=0)
+
+
+class MpsLimitsConfig(_Strict):
+    """Caps of each MPS client: `memory: plan` is its share of the memory plan; a percentage of the SMs is checked."""
+
+    memory: Literal["off", "plan"] = "off"
+    thread_percentage: int | None = Field(None, ge=1, le=100, strict=True)
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+
 class ServeArgs(_Strict):
     """The `args:` of the application."""
 
@@ -180,18 +200,35 @@ class ServeArgs(_Strict):
     served_model_name: str | None = Field(None, min_length=1)
     replicas: int = Field(2, ge=1, le=REPLICA_SLOTS, strict=True)
     device: Literal["auto", "gpu", "cpu"] = "auto"
+    gpus: int = Field(1, ge=1, le=GPU_RECORDS, strict=True)
     mps: Literal["auto", "on", "off"] = "auto"
+    weights: Literal["auto", "shared", "private"] = "auto"
+    mps_limits: MpsLimitsConfig = MpsLimitsConfig()
+    start: Literal["auto", "together", "first_alone"] = "auto"
+    cpu_pinning: Literal["auto", "off"] = "auto"
+    restarts: RestartsConfig = RestartsConfig()
     engine: dict[str, Any] = Field(default_factory=dict)
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     limits: LimitsConfig = LimitsConfig()
-    # How long what runs may go on after Ctrl-C, and in a replica that Serve replaces.
+    # How long what runs may go on after Ctrl-C, and in a replica that is restarted or replaced.
     drain_s: float = Field(10.0, ge=0, le=3600)
 
-    @field_validator("mps", mode="before")
+    @field_validator("mps", "cpu_pinning", mode="before")
     @classmethod
     def _yaml_reads_on_as_true(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _fits_the_board(self) -> ServeArgs:
+        if self.total_replicas > REPLICA_SLOTS:
+            raise ValueError(f"replicas x gpus must be at most {REPLICA_SLOTS}")
+        return self
+
+    @property
+    def total_replicas(self) -> int:
+        """`replicas` on each of `gpus`."""
+        return self.replicas * self.gpus
 
     @property
     def public_name(self) -> str:
@@ -269,6 +306,8 @@ _NESTED: dict[str, type[BaseModel]] = {
     "balancer": BalancerConfig,
     "monitoring": MonitoringConfig,
     "limits": LimitsConfig,
+    "mps_limits": MpsLimitsConfig,
+    "restarts": RestartsConfig,
 }
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from balancer.board import REPLICA_SLOTS, Board, GpuWriter
+from balancer.board import REPLICA_SLOTS, Board, GpuWriter, Owner
 from balancer.readings import GpuReading
+from deployments import cores, mps, notices, processes, weights
 from deployments.config import ServeArgs, parse_args
-from deployments.gpu_setup import EngineSettings, GpuHouse
+from deployments.gpu_setup import EngineSettings, GpuHouse, model_path, why_private
 from deployments.mps_watch import MpsWatch
+from deployments.places import Places, RestartPolicy
+from deployments.processes import WEIGHTS_VARIABLE
+from deployments.weight_house import WeightHouse, folder_of, lifeline
 from monitoring.exporter import Exporter
 from monitoring.exposition import MpsView
 from monitoring.sampler import Sampler, open_reader
@@ -20,58 +27,172 @@ from monitoring.sampler import Sampler, open_reader
 logger = logging.getLogger("ray.serve")
 
 _STOP_WITHIN_S = 2.0
+_ASK_AGAIN_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """What a replica that asks to start is told: everything it needs, or when to ask again, or why it never may.
+
+    `epoch` is that of the GPU's losses now: once it has grown, an engine started with this permission is lost.
+    """
+
+    place: int | None = None
+    gpu: int = 0
+    epoch: int = 0
+    cores: tuple[int, ...] = ()
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    ask_again_s: float = 0.0
+    refusal: str = ""
 
 
 class DeviceManager:
     """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
 
     def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
-        args = parse_args(raw_args)
-        self._house = GpuHouse(args, run) if device == "gpu" else None
-        self._board = Board.open(Path(board_path))
+        self._args = args = parse_args(raw_args)
+        self._path = Path(board_path)
+        restarts = args.restarts
+        policy = RestartPolicy(restarts.deaths, restarts.within_s, restarts.first_wait_s)
+        self._places = Places(args.total_replicas, policy)
+        self._cores = _core_shares(args)
+        self._house = GpuHouse(args, run, self._path, self._engines_of, logger) if device == "gpu" else None
+        self._weights = self._weight_houses(raw_args, run)
+        self._board = Board.open(self._path)
         self._writers: dict[int, GpuWriter] = {}
         self._reader = open_reader(int(args.monitoring.memory_reserve_gib * 2**30), logger)
         self._sampler = Sampler(self._reader, self._write, time.monotonic, 1.0 / args.monitoring.sample_hz)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sampler.run, args=(self._stop,), daemon=True, name="sampler")
         self._thread.start()
+        self._keeper = threading.Thread(target=self._watch_mps, daemon=True, name="mps")
+        self._keeper.start()
         self._exporter = self._export(args, Path(board_path))
 
-    def engine_settings(self) -> EngineSettings:
-        """What a replica adds to its engine's arguments and environment."""
-        return self._house.settings() if self._house else EngineSettings()
-
-    def prove_client(self, pid: int) -> None:
-        """Raises MpsError unless the engine process `pid` is an MPS client."""
+    def may_start(self, replica_id: str, pid: int) -> Permission:
+        """May this replica, whose process is `pid`, start its engine now? It asks again until it may, or may never."""
+        leave = self._places.ask(replica_id, Owner.of(pid), time.monotonic())
+        if leave.place is None:
+            if self._places.all_given_up():
+                notices.stop(self._path, f"no replica is left that could be started: {leave.refusal}")
+            return Permission(ask_again_s=leave.ask_again_s, refusal=leave.refusal)
+        gpu = self._gpu_of(leave.place)
         if self._house:
-            self._house.prove_client(pid)
+            before = [i for i in self._places.starting() if i < leave.place and self._gpu_of(i) == gpu]
+            if self._house.must_wait(gpu, len(before)):
+                return Permission(ask_again_s=_ASK_AGAIN_S)
+            if self._house.refusal:
+                notices.stop(self._path, self._house.refusal)
+                return Permission(refusal=self._house.refusal)
+        return self._permission(leave.place, gpu)
+
+    def started(self, replica_id: str, gpu: int, engine_pids: list[int]) -> None:
+        """The replica's engine is up. Raises MpsError unless its processes are MPS clients where they have to be."""
+        if self._house:
+            self._house.started(gpu, [*engine_pids, *self._hosts_of([gpu])])
+        self._places.ready(replica_id, time.monotonic())
+
+    def ended(self, replica_id: str, planned: bool) -> None:
+        """The replica has lost its engine, or gave it up as planned; another may take its place."""
+        self._places.ended(replica_id, planned, time.monotonic())
+
+    def terminate(self, engine_pids: list[int]) -> str:
+        """Before these processes are killed: end their GPU work. A sentence when that failed, else nothing."""
+        return self._house.terminate(engine_pids) if self._house else ""
 
     def check_health(self) -> None:
         """Serve restarts the device manager when this raises."""
-        if self._house:
-            self._house.check()
         if not self._thread.is_alive():
             raise RuntimeError("the sampler has stopped; GPU readings on the board are stale")
+        if self._house and not self._keeper.is_alive():
+            raise RuntimeError("nobody looks after MPS any more; a fault would go unseen")
 
     def __del__(self) -> None:
         if self._exporter:
             self._exporter.close()
         self._stop.set()
         self._thread.join(_STOP_WITHIN_S)
+        self._keeper.join(_STOP_WITHIN_S)
         self._reader.close()
         while self._writers:
             self._writers.popitem()[1].release()
         self._board.leave()
+        for host in self._weights.values():
+            host.dismiss()
         if self._house:
             self._house.close()
+
+    def _weight_houses(self, raw_args: dict[str, Any], run: str) -> dict[int, WeightHouse]:
+        """A weight host's keeper for each GPU; none where weights are private."""
+        args, on = self._args, "gpu" if self._house else "cpu"
+        if why := why_private(args, on):
+            logger.warning("the weights are not shared: %s", why)
+            return {}
+        shared = self._house.weights_shared if self._house else weights.wanted(args.weights, args.replicas, on)
+        gpus = self._house.gpus if self._house else (0,)
+        return {gpu: self._weight_house(raw_args, run, gpu) for gpu in gpus} if shared else {}
+
+    def _weight_house(self, raw_args: dict[str, Any], run: str, gpu: int) -> WeightHouse:
+        engine = self._house.settings(gpu).engine if self._house else {}
+        folder = folder_of(run) / f"gpu{gpu}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return WeightHouse(folder, raw_args, model_path(self._args), engine, lifeline(run))
+
+    def _share_no_more(self, why: str) -> None:
+        logger.warning("the weights are not shared: %s; replicas that start from now on are planned for it", why)
+        for house in self._weights.values():
+            house.dismiss()
+        self._weights.clear()
+        if self._house:
+            self._house.plan_private_weights()
+
+    def _watch_mps(self) -> None:
+        if self._house:
+            self._house.watch(self._stop)
+
+    def _permission(self, place: int, gpu: int) -> Permission:
+        cores = self._cores[place] if self._cores else ()
+        if self._house is None:
+            return Permission(place, 0, 0, cores, self._with_weights(0, EngineSettings()))
+        epoch = self._house.losses.read().epoch(gpu)
+        return Permission(place, gpu, epoch, cores, self._with_weights(gpu, self._house.settings(gpu)))
+
+    def _with_weights(self, gpu: int, settings: EngineSettings) -> EngineSettings:
+        """Where weights are shared their host is started, or started anew if it has ended; the replica waits for it."""
+        house = self._weights.get(gpu)
+        if house and (why := house.refused()):
+            self._share_no_more(why)
+            return self._house.settings(gpu) if self._house else EngineSettings()
+        if house is None:
+            return settings
+        house.ensure(settings.environment)
+        return replace(
+            settings,
+            engine={**settings.engine, **house.arguments()},
+            environment={**settings.environment, WEIGHTS_VARIABLE: "1"},
+        )
+
+    def _hosts_of(self, gpus: Sequence[int]) -> list[int]:
+        statuses = [house.status() for gpu, house in self._weights.items() if gpu in gpus]
+        return [status.pid for status in statuses if status is not None]
+
+    def _gpu_of(self, place: int) -> int:
+        return self._house.gpus[place // self._args.replicas] if self._house else 0
+
+    def _engines_of(self, gpus: Sequence[int]) -> list[mps.ProcessIdentity]:
+        """What the replicas on these GPUs have started, also those that are starting, and the hosts of weights."""
+        parents = [process.pid for i, process in self._places.processes().items() if self._gpu_of(i) in gpus]
+        pids = [pid for parent in parents for pid in processes.engines_of(parent)] + self._hosts_of(gpus)
+        return [process for process in map(mps.identify, pids) if process is not None]
 
     def _export(self, args: ServeArgs, board: Path) -> Exporter | None:
         port = args.monitoring.exporter_port
         if port is None:
             return None
-        daemon = self._house.daemon if self._house else None
-        view = MpsWatch(daemon, self._reader.mps_client_pids).view if daemon else MpsView
-        exporter = Exporter(board, args.replicas, slots=min(REPLICA_SLOTS, 2 * args.replicas), mps=view)
+        keeper = self._house.keeper if self._house else None
+        view = MpsWatch(keeper, self._reader.mps_client_pids).view if keeper else MpsView
+        slots = min(REPLICA_SLOTS, 2 * args.total_replicas)
+        exporter = Exporter(board, args.total_replicas, slots=slots, mps=view)
         exporter.start(port)
         return exporter
 
@@ -87,3 +208,9 @@ class DeviceManager:
         self._writers.clear()
         self._board.close()
         self._board = board
+
+
+def _core_shares(args: ServeArgs) -> list[tuple[int, ...]]:
+    if args.cpu_pinning == "off":
+        return []
+    return cores.shares(sorted(os.sched_getaffinity(0)), args.total_replicas)

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ async def build_openai_app(engine: Any, namespace: argparse.Namespace) -> Any:
     tasks = await engine.get_supported_tasks()
     app = build_app(namespace, tasks, engine.model_config)
     await init_app_state(engine, app.state, namespace, tasks)
-    # vLLM's answer to a dead engine ends with asking its own HTTP server to exit; here that is Serve's.
-    app.state.server = argparse.Namespace(should_exit=False)
+    # vLLM's handler of a dead engine asks its own server to exit before it answers; without one it would raise, and
+    # the client would get a bare 500. Serve ends the replica.
+    app.state.server = types.SimpleNamespace(should_exit=False)
     return app

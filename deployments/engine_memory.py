@@ -11,6 +11,7 @@ from monitoring.sampler import Reader, ReadingError, open_reader
 
 # An engine's memory hardly moves once it is ready, and a list of processes costs NVML 35 to 60 us.
 WEIGH_EVERY_S = 2.0
+_UNKNOWN = "the memory of this replica's engine is unknown: %s"
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def held_bytes(reader: Reader, pids: Sequence[int]) -> int:
     try:
         held = reader.memory_by_pid()
     except ReadingError as error:
-        logger.warning("the memory of this replica's engine is unknown: %s", error)
+        logger.warning(_UNKNOWN, error)
         return 0
     return sum(held.get(pid, 0) for pid in pids)
 
@@ -28,9 +29,14 @@ def held_bytes(reader: Reader, pids: Sequence[int]) -> int:
 async def weigh(slot: Slot, pids: Sequence[int], reader: Reader | None = None) -> None:
     """Write into the slot, until cancelled, what the processes hold (of the host's memory, without a GPU).
 
-    In a thread, because a GPU that was lost may block. The slot's heartbeat publishes it.
+    In a thread, because a GPU that was lost may block. The slot's heartbeat publishes it. A device that cannot be read
+    at all is logged and left at that.
     """
-    reader = reader or open_reader(0, logger, pids=lambda: pids)
+    try:
+        reader = reader or open_reader(0, logger, pids=lambda: pids)
+    except (ReadingError, ValueError) as error:  # no reason not to serve
+        logger.warning(_UNKNOWN, error)
+        return
     try:
         while True:
             slot.fields.gpu_memory_bytes = await asyncio.to_thread(held_bytes, reader, pids)

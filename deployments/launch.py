@@ -27,10 +27,10 @@ import psutil
 from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.readings import ReplicaState
-from deployments import device, drain, gpu_setup, haproxy, live, processes
+from deployments import device, drain, gpu_setup, haproxy, live, notices, processes
 from deployments.config import ConfigError, LimitsConfig, ServeArgs, load
 from deployments.middleware import PROBE_PATH
-from deployments.processes import RUN_VARIABLE
+from deployments.processes import RUN_VARIABLE, runs_folder
 from deployments.targets import Targets
 from monitoring import discovery
 
@@ -55,6 +55,10 @@ _CHATTER = re.compile(
     rb"(ServeController|HAProxyManager|ProxyActor|build_serve_application) pid=\d+.*( INFO |not ready|didn't complete)"
     rb"|won't accept connections from HAProxy|more than 30s to initialize|slow __init__"
     rb"|Triton is installed|Model Runner V2|Enforce eager set|Inductor compilation was disabled|LD_PRELOAD|NUMA binding"
+    # A replica says itself that it is lost; Serve repeats it three times with a traceback.
+    rb"|ServeController pid=\d+\)(\x1b\[0m)? (  |ray\.|.*Health check for Replica|.*failed (the )?health check)"
+    rb"|RuntimeError: (the replica|a fatal GPU|the MPS)|Replica health check failed|core_client.py:\d+\] \[shutdown"
+    rb"|async_llm.py:\d+\] ( |AsyncLLM output|Traceback|vllm.v1.engine.exceptions)"
     rb"|authentication_token_setup|safetensors checkpoint shards|SIGTERM received|logging.cc:\d+|^\s+@ +0x|^PC: @"
 )
 
@@ -77,11 +81,6 @@ class Run:
     @property
     def board(self) -> Path:
         return board_path(self.run_id)
-
-
-def runs_folder() -> Path:
-    """Short on purpose: HAProxy allows a socket's path 97 characters, of which Serve puts a node id of 56 into it."""
-    return Path(f"/tmp/sw-{os.geteuid()}")
 
 
 def environment(run: Run, limits: LimitsConfig = LimitsConfig()) -> dict[str, str]:  # noqa: B008 - it is frozen
@@ -163,6 +162,16 @@ def clean_up_dead_runs() -> None:
         _remove_shared(folder.name)
 
 
+def left_of(folder: Path) -> list[str]:
+    """The processes, by name, that the run of `folder` has left."""
+    return [processes.name_of(process) for process in processes.of_run(folder.name, _session(folder))]
+
+
+def ray_ports() -> dict[str, int]:
+    """The ports beside the public one that HAProxy and Serve will bind, by the variable that sets them."""
+    return {variable: _port(variable) for variable in _RAY_PORTS}
+
+
 def _session(folder: Path) -> Owner | None:
     """The leader of the session that the run's processes are in, as the supervisor noted it."""
     try:
@@ -218,29 +227,33 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     (run.folder / _SESSION_FILE).write_text(f"{leader.pid} {leader.start_ticks}")
     haproxy_port = None if run.plain else _port("RAY_SERVE_HAPROXY_METRICS_PORT")
     targets = Targets(run.run_id, run.board, run.folder, args.monitoring.exporter_port, haproxy_port)
-    ready = False
+    ready, why = False, ""
     try:
         while child.poll() is None and not interrupted:
             targets.update()
-            if not ready and (ready := _all_reached(run, args.replicas)):
+            if why := notices.stop_reason(run.board):
+                break
+            if not ready and (ready := _all_reached(run, args.total_replicas)):
                 _announce(run, args)
             time.sleep(_PROBE_EVERY_S)
     finally:
         targets.remove()
-    if not interrupted:
+    if not interrupted and not why:
         _say(f"`serve run` ended by itself with status {child.returncode}; its messages above say why")
         return child.returncode or 1
-    _stop(run, args.drain_s, child, interrupted)
-    return 0
+    _stop(run, args.drain_s, child, interrupted, why)
+    return 1 if why else 0
 
 
-def _stop(run: Run, drain_s: float, child: subprocess.Popen[bytes], interrupted: list[int]) -> None:
+def _stop(run: Run, drain_s: float, child: subprocess.Popen[bytes], interrupted: list[int], why: str) -> None:
     """In order: nothing new, then what runs, then the processes. A second signal skips whatever is left of that."""
 
     def hurry() -> bool:
         return len(interrupted) > 1 or child.poll() is not None
 
-    if drain.busy(run.board):
+    if why:
+        _say(f"stopping because {why}")
+    elif drain.busy(run.board):
         _say(f"stopping: what runs may go on for {drain_s:g} s; Ctrl-C again ends it now")
     else:
         _say("stopping")
@@ -314,7 +327,7 @@ def _ask(url: str, body: bytes | None) -> bool:
 def _announce(run: Run, args: ServeArgs) -> None:
     way = "Serve's own proxy" if run.plain else "HAProxy"
     _say(
-        f"ready: {args.replicas} replicas of {args.public_name} at {run.url}/v1"
+        f"ready: {args.total_replicas} replicas of {args.public_name} at {run.url}/v1"
         f" (policy {args.balancer.policy}, through {way}); Ctrl-C stops everything"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 import urllib.request
@@ -51,6 +52,8 @@ def _without_balancer(document: dict[str, Any]) -> dict[str, Any]:
 
 def deploy(document: dict[str, Any], folder: Path) -> None:
     """Hand the document to the run's Serve, and wait until it is in force. Raises ConfigError when that fails."""
+    # A Ray that `serve run` started on its own asks for the token of this user; an explicit address does not imply it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client

@@ -35,14 +35,19 @@ class Card:
         return self.total_bytes - self.used_bytes
 
 
-# What cudaMemGetInfo calls the total (a little under the name on the box), rounded down over driver versions.
+# What cudaMemGetInfo calls the total (a little under the name on the box), rounded down over driver versions: the H200
+# as measured, the others as PyTorch's out-of-memory messages name them in public issues (H100 79.11: vllm#27508).
 KNOWN_CARDS: dict[str, Card] = {
     name: Card(name, int(gib * GIB))
     for name, gib in {
+        "T4": 14.55,
         "L4": 21.95,
         "A10": 22.05,
+        "A30": 23.5,
+        "RTX 3090": 23.6,
         "RTX 4090": 23.6,
         "A100-40": 39.35,
+        "L40": 44.35,
         "L40S": 44.35,
         "H100": 79.1,
         "A100-80": 79.1,
@@ -90,6 +95,8 @@ class Overheads:
     sampler_bytes: int = 12
     # The MPS server's own context: 66 MiB seen on an H200.
     mps_server_bytes: int = 128 * MIB
+    # A weight host's own CUDA context; an engine's is 0.5 GiB.
+    weight_host_bytes: int = 512 * MIB
     # Kept free for allocator growth and fragmentation: an engine grew by up to 0.25 GiB after it was ready.
     reserve_ratio: float = 0.02
     reserve_min_bytes: int = 512 * MIB
@@ -107,7 +114,8 @@ DEFAULT_OVERHEADS = Overheads()
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked of one card. Every replica is the same; with `weights_shared` one copy of the weights serves all.
+    """What is asked of one card. Every replica is the same; with `weights_shared` one copy of the weights serves all,
+    and a weight host takes a little for itself.
 
     `kv_cache_bytes` (per replica) and `reserve_bytes` are computed when None. `max_num_batched_tokens` is the largest
     prefill step, which sizes the workspace: give the value that vLLM is given.
@@ -148,6 +156,7 @@ class MemoryPlan:
     engine_bytes: int
     workspace_bytes: int
     mps_server_bytes: int
+    weight_host_bytes: int
     reserve_bytes: int
     measured: bool = False
 
@@ -180,21 +189,38 @@ class MemoryPlan:
     @property
     def needed_bytes(self) -> int:
         """All replicas and what they share, without the reserve."""
-        return self.mps_server_bytes + self.shared_weights_bytes + self.demand.replicas * self.replica_bytes
+        return self.common_bytes + self.demand.replicas * self.replica_bytes
+
+    @property
+    def common_bytes(self) -> int:
+        """What is there once, however many replicas there are."""
+        return self.mps_server_bytes + self.weight_host_bytes + self.shared_weights_bytes
+
+    @property
+    def sharing_saves_bytes(self) -> int:
+        """What one copy of the weights saves, or would save, against one for each replica; may be negative."""
+        return sharing_saves_bytes(self.shape.weights_bytes, self.demand.replicas)
 
     @property
     def client_limit_bytes(self) -> int:
         """A cap for one MPS client, its share of the reserve above its plan: a runaway meets it, neighbours do not."""
         return (self.replica_bytes + self.reserve_bytes // self.demand.replicas) // MIB * MIB
 
+    def tolerates(self, growth_ratio: float) -> bool:
+        """Whether every replica could need `growth_ratio` more than planned beside weights and KV cache."""
+        growth = int(growth_ratio * (self.engine_bytes + self.workspace_bytes)) * self.demand.replicas
+        return self.card.free_bytes - self.needed_bytes >= growth
+
     @property
     def rows(self) -> tuple[Row, ...]:
         n = self.demand.replicas
         estimated = ", estimated" if self.shape.weights_estimated else ""
+        shared = ", one copy for all" if self.demand.weights_shared else ""
         engine = "engine (CUDA context, graphs, libraries" + (", workspace; measured)" if self.measured else ")")
         return (
             Row("in use before", self.card.used_bytes),
-            Row(f"weights{estimated}", self.shape.weights_bytes, 1 if self.demand.weights_shared else n),
+            Row(f"weights{estimated}{shared}", self.shape.weights_bytes, 1 if self.demand.weights_shared else n),
+            Row("weight host (CUDA context)", self.weight_host_bytes),
             Row(engine, self.engine_bytes, n),
             Row("workspace (activations, logits)", self.workspace_bytes, n),
             Row("KV cache", self.kv_cache_bytes, n),
@@ -216,6 +242,11 @@ def plan_memory(card: Card, shape: ModelShape, demand: Demand, overheads: Overhe
     if demand.replicas > largest_replicas(bare) or blocks < _least_blocks(demand):
         raise MemoryPlanError(_refusal(bare))
     return replace(bare, blocks_per_replica=blocks)
+
+
+def sharing_saves_bytes(weights_bytes: int, replicas: int, overheads: Overheads = DEFAULT_OVERHEADS) -> int:
+    """What one copy of the weights for all replicas saves: every copy but one, less what its host needs for itself."""
+    return (replicas - 1) * weights_bytes - overheads.weight_host_bytes
 
 
 def correct(plan: MemoryPlan, measured_first_replica_bytes: int, free_bytes: int) -> MemoryPlan:
@@ -252,7 +283,18 @@ def render(plan: MemoryPlan) -> str:
         f"each replica: {plan.kv_cache_bytes} bytes of KV cache = {plan.blocks_per_replica} blocks,"
         f" {plan.tokens_per_replica} tokens, {plan.full_length_sequences} sequence(s) of {demand.max_model_len_tokens}"
     )
-    return "\n".join(lines)
+    return "\n".join(lines + _what_sharing_saves(plan))
+
+
+def _what_sharing_saves(plan: MemoryPlan) -> list[str]:
+    if not plan.demand.weights_shared:
+        return []
+    private = _bare_plan(plan.card, plan.shape, replace(plan.demand, weights_shared=False), DEFAULT_OVERHEADS)
+    most, most_private = largest_replicas(plan), largest_replicas(private)
+    return [
+        f"sharing the weights saves {_gib(plan.sharing_saves_bytes)}: at most {most} replica(s) like these fit,"
+        f" {most_private} with private weights"
+    ]
 
 
 def _line(row: Row) -> str:
@@ -273,7 +315,8 @@ def _bare_plan(card: Card, shape: ModelShape, demand: Demand, overheads: Overhea
     reserve = overheads.reserve_bytes(card) if demand.reserve_bytes is None else demand.reserve_bytes
     workspace = overheads.workspace_bytes(shape, demand.max_num_batched_tokens, demand.max_num_seqs)
     server = overheads.mps_server_bytes if demand.mps else 0
-    return MemoryPlan(card, shape, demand, 0, overheads.engine_bytes, workspace, server, reserve)
+    host = overheads.weight_host_bytes if demand.weights_shared else 0
+    return MemoryPlan(card, shape, demand, 0, overheads.engine_bytes, workspace, server, host, reserve)
 
 
 def _block_bytes(shape: ModelShape, demand: Demand) -> int:
@@ -297,7 +340,7 @@ def _beside_kv_bytes(plan: MemoryPlan) -> int:
 
 
 def _shareable_bytes(plan: MemoryPlan) -> int:
-    return plan.card.free_bytes - plan.reserve_bytes - plan.mps_server_bytes - plan.shared_weights_bytes
+    return plan.card.free_bytes - plan.reserve_bytes - plan.common_bytes
 
 
 def _spare_blocks(plan: MemoryPlan, replicas: int) -> int:

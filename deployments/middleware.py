@@ -20,6 +20,8 @@ from deployments.passage import App, Message, Passage, Receive, Scope, Send, ans
 from deployments.slot import Slot
 
 PROBE_PATH = "/splitwiser/probe"
+# Others may serve at once; when all replicas of a GPU are lost, a model has to be loaded first.
+_LOST_RETRY_S = 5.0
 _HEADER = HEADER.encode()
 _EXPLAINED = explain.HEADER.encode()
 _DIRECT = DIRECT.policy.encode()
@@ -58,7 +60,12 @@ class Door:
         self._clock = clock
         self._retries = RetryBudget()
         self._inside: dict[int, Passage] = {}
+        self._closed = ""
         slot.on_overdue(self._stop_all)
+
+    def close(self, why: str) -> None:
+        """From now on answer every POST with 503 and `why`: there is no engine behind this door any more."""
+        self._closed = why
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +100,11 @@ class Door:
         if ticket.status != 200:
             message = _REASONS.get(ticket.status, _REFUSED)
             return _refused(ticket.status, ticket.reason, message, ticket.retry_after_s)
-        if self._slot.stopping and not ticket.routed and not ticket.probe:
+        if ticket.probe:
+            return None
+        if self._closed:
+            return _refused(503, "replica_lost", f"{self._closed}; try again", _LOST_RETRY_S)
+        if self._slot.stopping and not ticket.routed:
             return _refused(503, stopping.REASON, "the server is stopping; try again later")
         return None if self._may_try(ticket) else _refused(503, "retry_budget", "the replica chosen did not answer")
 

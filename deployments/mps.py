@@ -239,7 +239,8 @@ class ControlProgram:
     def start(self, paths: MpsPaths, limit_s: float) -> None:
         """Starts a daemon in the background. Output goes to a file: a pipe would stay open as long as the daemon."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
-        environment |= {PIPE_VARIABLE: str(paths.pipe), LOG_VARIABLE: str(paths.log)}
+        # The order in which NVML numbers the GPUs, so that the log's device numbers are ours.
+        environment |= {PIPE_VARIABLE: str(paths.pipe), LOG_VARIABLE: str(paths.log), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         with tempfile.TemporaryFile() as output:
             try:
                 done = subprocess.run(
@@ -532,6 +533,15 @@ class MpsDaemon:
         fault = self._latest_fault()
         return None if fault is None or (self._old_fault and fault.at == self._old_fault.at) else fault
 
+    def forget_fault(self) -> None:
+        """What the logs tell up to now has been answered; `recent_fault` reports only what comes after."""
+        self._old_fault = self._latest_fault()
+
+    def servers(self) -> tuple[ProcessIdentity, ...]:
+        """The server processes by identity, so that they can be found after their daemon has died."""
+        found = (identify(pid, self.proc) for pid in self.server_pids())
+        return tuple(process for process in found if process is not None)
+
     def wait_clean(self, limit_s: float) -> None:
         """After a fault: waits until servers are gone or ACTIVE again; every old client's process has to end first."""
         self._answers.clear()
@@ -638,6 +648,11 @@ class MpsDaemon:
         logs = (self.paths.log / "server.log", self.paths.log / "control.log")
         faults = [fault for log in logs if (fault := fault_from_log(_tail(log))) is not None]
         return max(faults, key=lambda fault: fault.at, default=None)
+
+
+def kill(processes: Iterable[ProcessIdentity], proc: Path = PROC) -> None:
+    """Ends those of `processes` that still run, and no later process with the same PID."""
+    _send(processes, signal.SIGKILL, proc)
 
 
 def _send(processes: Iterable[ProcessIdentity], number: signal.Signals, proc: Path) -> None:

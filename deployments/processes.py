@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 
@@ -18,7 +19,10 @@ from balancer.board import Owner, process_start_ticks
 # Inherited by everything a run starts (Ray, HAProxy, engines, the MPS daemon), so that whatever lost its parent can
 # still be told to be ours.
 RUN_VARIABLE = "SPLITWISER_RUN"
+# The replica that an engine's processes belong to, by its PID.
 ENGINE_VARIABLE = "SPLITWISER_ENGINE"
+# Set where an engine shall know the loader of shared weights: it imports parts of vLLM, which take a second.
+WEIGHTS_VARIABLE = "SPLITWISER_WEIGHTS"
 _ENGINE_GRACE_S = 3.0
 _TRACKER_S = 3.0
 
@@ -27,6 +31,11 @@ def new_run_id() -> str:
     """Names this process and, with it, everything that it starts."""
     me = Owner.me()
     return f"{me.pid}-{me.start_ticks}"
+
+
+def runs_folder() -> Path:
+    """Short on purpose: HAProxy allows a socket's path 97 characters, of which Serve puts a node id of 56 into it."""
+    return Path(f"/tmp/sw-{os.geteuid()}")
 
 
 def run_alive(run_id: str) -> bool:
@@ -60,20 +69,36 @@ def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.P
         left = of_run(run_id, session)
         if not left:
             return []
-        trackers = [process for process in left if _is_tracker(process)]
+        # Trackers end by themselves after their last owner, and remove the shared memory that it left.
+        trackers = [process for process in left if _is_resource_tracker(process)]
         end([process for process in left if process not in trackers], grace_s)
         _, stubborn = psutil.wait_procs(trackers, timeout=_TRACKER_S)
         end(stubborn, 0.0)
     return of_run(run_id, session)
 
 
-def _is_tracker(process: psutil.Process) -> bool:
-    """Python's resource trackers end by themselves after their last owner, and remove the shared memory and semaphores
-    that it left; killed before that, nobody does."""
-    try:
-        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
-    except psutil.Error:
-        return False
+def engines_of(pid: int) -> list[int]:
+    """The engine processes that the replica process `pid` has started, and those they have; none when it has ended.
+
+    Python's resource tracker, which it starts too, is none of them, and lives as long as the replica.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(pid).children(recursive=True)
+        return [child.pid for child in children if not _is_resource_tracker(child)]
+    return []
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return False
+
+
+def kill(owner: Owner) -> None:
+    """End this very process at once; a later one with its number is left alone."""
+    with contextlib.suppress(ProcessLookupError):
+        if owner.alive():
+            os.kill(owner.pid, signal.SIGKILL)
 
 
 def name_of(process: psutil.Process) -> str:
@@ -86,8 +111,13 @@ def name_of(process: psutil.Process) -> str:
 
 def die_with_parent() -> None:
     """vLLM calls this in each of its processes (entry point `vllm.general_plugins`): engine processes and workers of
-    our replicas end when their parent does. Without it they live on and hold their memory after `ray stop`."""
+    our replicas end when their parent does. Without it they live on and hold their memory after `ray stop`. It is also
+    where they get to know the loader of shared weights."""
     parent = multiprocessing.parent_process()
+    if os.environ.get(WEIGHTS_VARIABLE):
+        from deployments.weight_loader import register
+
+        register()
     if os.environ.get(ENGINE_VARIABLE) and parent is not None:
         # Not getppid(): a parent that ended while vLLM was being imported, for most of a minute, is no longer that.
         threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True, name="die-with-parent").start()

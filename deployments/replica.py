@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from balancer.board import Owner
 from balancer.readings import ReplicaState
-from deployments import engine, start_order
+from deployments import cores, engine, notices, processes, start_order
 from deployments.config import ServeArgs, parse_args
-from deployments.device_manager import DeviceManager
+from deployments.device_manager import DeviceManager, Permission
 from deployments.engine_memory import weigh
 from deployments.gpu_setup import EngineSettings, model_path
 from deployments.middleware import Door
@@ -25,7 +28,10 @@ from deployments.processes import ENGINE_VARIABLE
 from deployments.slot import Slot, stat_logger
 
 _ENGINE_STOP_S = 6.0
-_ENGINE_LOOK_EVERY_S = 0.1
+# How soon a dead engine, a lost GPU or a wish to restart is seen.
+_LOOK_EVERY_S = 0.1
+# The manager may be gone when everything stops.
+_MANAGER_ANSWERS_S = 3.0
 
 
 @serve.ingress()
@@ -40,14 +46,19 @@ class Replica:
         self._haproxy = haproxy
         self._manager = manager
         self._context = serve.get_replica_context()
+        self._id = self._context.replica_id.to_full_id_str()
+        self._slot = Slot(self._board_path, self._id, 0, time.monotonic)
+        self._losses = notices.LossFile(self._board_path)
+        self._lost = ""
+        self._pids: list[int] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self._slot = Slot(self._board_path, self._context.replica_id.to_full_id_str(), _gpu_index(), time.monotonic)
 
     async def __serve_build_asgi_app__(self) -> Door:
         """Start the engine, then put vLLM's application behind the door. Serve calls it once, before any request."""
         self._tasks.append(asyncio.create_task(self._slot.beat()))
-        os.environ[ENGINE_VARIABLE] = "1"
-        settings: EngineSettings = await self._manager.engine_settings.remote()
+        os.environ[ENGINE_VARIABLE] = str(os.getpid())
+        self._permission = await self._permitted()
+        settings = self._permission.settings
         os.environ.update(settings.environment)
         # Before its turn, because importing vLLM takes most of the start on a CPU and disturbs nobody.
         namespace = engine.server_arguments(self._args, model_path(self._args), settings.engine)
@@ -55,11 +66,26 @@ class Replica:
             await self._start_engine(namespace, settings)
         self._tasks.append(asyncio.create_task(weigh(self._slot, engine.process_ids(self._engine))))
         app = await engine.build_openai_app(self._engine, namespace)
+        policy, limits = self._args.balancer.policy, self._args.limits.of_answers()
+        tag = self._context.replica_tag
+        self._door = Door(app, self._slot, tag, policy, tickets_required=self._haproxy, limits=limits)
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
-        self._watching = asyncio.create_task(self._watch_engine())
-        policy, limits = self._args.balancer.policy, self._args.limits.of_answers()
-        return Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy, limits=limits)
+        self._tasks.append(asyncio.create_task(self._watch()))
+        return self._door
+
+    async def _permitted(self) -> Permission:
+        """Ask the device manager until this replica may start. One that never may waits, so that Serve leaves it."""
+        while True:
+            permission: Permission = await self._manager.may_start.remote(self._id, os.getpid())
+            if permission.place is not None:
+                self._slot.fields.gpu = permission.gpu
+                return permission
+            if permission.refusal:
+                self._say(permission.refusal)
+                self._slot.set_state(ReplicaState.FAILED)
+                await asyncio.Event().wait()
+            await asyncio.sleep(permission.ask_again_s)
 
     @contextlib.asynccontextmanager
     async def _turn(self, settings: EngineSettings) -> AsyncIterator[None]:
@@ -75,40 +101,81 @@ class Replica:
         self._say("loading weights and starting the engine")
         self._engine = engine.start_engine(namespace, [stat_logger(self._slot)])
         await engine.warm_up(self._engine)
-        if settings.mps:
-            for pid in engine.process_ids(self._engine):
-                await self._manager.prove_client.remote(pid)
-        proof = ", proven to be an MPS client" if settings.mps else ""
-        self._say(f"ready in {time.monotonic() - began_s:.1f} s{proof}")
+        self._pids = engine.process_ids(self._engine)
+        self._engines = [Owner.of(pid) for pid in self._pids]
+        await self._manager.started.remote(self._id, self._permission.gpu, self._pids)
+        if why := self._lost_together():
+            raise RuntimeError(why)
+        self._say(f"ready in {time.monotonic() - began_s:.1f} s{self._pin()}{_proof(settings)}")
 
-    async def _watch_engine(self) -> None:
-        """Routers shall know of a dead engine at once, not only when Serve asks for its health."""
-        while not self._engine.errored:
-            await asyncio.sleep(_ENGINE_LOOK_EVERY_S)
+    def _pin(self) -> str:
+        """Give the replica its cores once it is up: a start has more use for all of them."""
+        if not self._permission.cores:
+            return ""
+        cores.pin([os.getpid(), *self._pids], self._permission.cores)
+        return f" on cores {cores.words(self._permission.cores)}"
+
+    async def _watch(self) -> None:
+        """See that the engine is dead or lost, ten times a second: Serve's own checks take seconds."""
+        while not self._lost:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if why := self._lost_together():
+                await self._lose(why, planned=False)
+            elif self._engine.errored:
+                await self._lose("the replica's engine has died", planned=False)
+            elif notices.restart_asked(self._board_path, self._slot.index):
+                await self._retire()
+
+    def _lost_together(self) -> str:
+        losses = self._losses.read()
+        return losses.why if losses.epoch(self._permission.gpu) > self._permission.epoch else ""
+
+    async def _lose(self, why: str, planned: bool) -> None:
+        """Take no more requests, end those under way with an error, and have Serve replace this replica."""
+        self._door.close(why)
         self._slot.set_state(ReplicaState.FAILED)
+        self._lost = why
+        self._say(f"{why}; it will be replaced")
+        if self._permission.settings.mps or not planned:
+            for process in self._engines:  # vLLM sees the death and fails what the engine was doing
+                processes.kill(process)
+        await self._manager.ended.remote(self._id, planned)
+
+    async def _retire(self) -> None:
+        """A planned stop that harms no neighbour: drain, end the client's GPU work, then kill."""
+        self._slot.set_state(ReplicaState.DRAINING)
+        deadline_s = time.monotonic() + self._args.drain_s
+        while self._slot.fields.in_flight_requests and time.monotonic() < deadline_s:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        self._door.close("the replica is being restarted")
+        if trouble := await self._manager.terminate.remote(self._pids):
+            self._say(trouble)
+        await self._lose("the replica was asked to restart", planned=True)
 
     async def check_health(self) -> None:
-        """Serve replaces the replica when its engine is dead."""
-        try:
-            await self._engine.check_health()
-        except Exception:
-            self._slot.set_state(ReplicaState.FAILED)
-            raise
+        """Serve replaces the replica when this has raised three times."""
+        if self._lost:
+            raise RuntimeError(self._lost)
+        await self._engine.check_health()
 
     async def __del__(self) -> None:
         self._slot.set_state(ReplicaState.DRAINING)
         for task in self._tasks:
             task.cancel()
-        if hasattr(self, "_watching"):
-            self._watching.cancel()
         if hasattr(self, "_engine"):
+            if self._slot.fields.in_flight_requests and not self._lost:
+                await self._end_gpu_work()
             self._engine.shutdown(timeout=_ENGINE_STOP_S)
         self._slot.close()
 
+    async def _end_gpu_work(self) -> None:
+        """Serve's drain is over and requests are still under way: the engine may have to be killed at its work."""
+        with contextlib.suppress(TimeoutError, RayError, RayServeException):  # the manager may have stopped first
+            await asyncio.wait_for(self._manager.terminate.remote(self._pids), _MANAGER_ANSWERS_S)
+
     def _say(self, what: str) -> None:
-        print(f"replica {self._context.rank.rank + 1}/{self._args.replicas}: {what}", flush=True)
+        print(f"replica {self._context.rank.rank + 1}/{self._args.total_replicas}: {what}", flush=True)
 
 
-def _gpu_index() -> int:
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    return int(first) if first.isdigit() else 0
+def _proof(settings: EngineSettings) -> str:
+    return ", proven to be an MPS client" if settings.mps else ""

@@ -12,10 +12,10 @@ from monitoring.promql import (
     STATE_COLOURS,
     haproxy_per_slot,
     mean,
-    quantiles,
     state_number,
     total_rate,
 )
+from monitoring.rows_requests import answers_by_end, between_tokens, first_token
 
 _SLOT = ',slot=~"$slot"'
 _ONE = f"{{{OURS}{_SLOT}}}"
@@ -32,15 +32,17 @@ def _now() -> list[Builder[Panel]]:
             "short",
             Query(f"splitwiser_replica_info{_ONE}", "{{replica}} on GPU {{gpu}}"),
             span=6,
+            name_only=True,
         ),
         tile(
             Words("State", "Only a ready replica receives work."),
             "short",
             Query(f"max by (state) (splitwiser_replica_state{_ONE}) == 1", "{{state}}"),
             span=4,
+            name_only=True,
         ),
         tile(
-            Words("Receives new work", "1 while the slot is in a router's active set."),
+            Words("Receives new work", "1 while a router sends it new work, 0 while it only finishes what it has."),
             "short",
             Query(f"max(splitwiser_replica_active{_ONE})"),
             span=3,
@@ -52,7 +54,7 @@ def _now() -> list[Builder[Panel]]:
             span=3,
         ),
         tile(
-            Words("KV cache in use", "Near 100 % the engine preempts."),
+            Words("KV cache in use", "Near 100 % the engine puts requests back, and does their work twice."),
             "percentunit",
             Query(f"max(splitwiser:kv_use:ratio{_ONE})"),
             span=3,
@@ -114,32 +116,19 @@ def _work() -> list[Builder[Panel]]:
 
 def _latency() -> list[Builder[Panel]]:
     return [
-        graph(
-            Words("First token", "From arrival at the engine to the first token."),
-            "s",
-            *quantiles("vllm:time_to_first_token_seconds", _SLOT),
-        ),
-        graph(
-            Words("Between tokens", "Time between two tokens of an answer."),
-            "s",
-            *quantiles("vllm:inter_token_latency_seconds", _SLOT),
-        ),
+        first_token(_SLOT),
+        between_tokens(_SLOT),
         graph(
             Words("Engine step", "How long one step takes; the last one while the engine is idle."),
             "s",
             Query(f"max(splitwiser_replica_step_seconds{_ONE})", "step"),
         ),
         graph(
-            Words("Queue in the engine", "Mean time before the engine began with a request: near 0 when bound late."),
+            Words("Queue in the engine", "Mean time before the engine began: near 0, as requests wait in the router."),
             "s",
             Query(mean("vllm:request_queue_time_seconds", _SLOT), "mean"),
         ),
-        graph(
-            Words("Answers by how they ended", "stop and length are whole answers; abort is a client that went away."),
-            "reqps",
-            Query(total_rate("vllm:request_success_total", "finished_reason", _SLOT), "{{finished_reason}}"),
-            stacked=True,
-        ),
+        answers_by_end(_SLOT),
         graph(
             Words("Sessions in HAProxy", "Connections that HAProxy holds open to this replica."),
             "short",
@@ -177,7 +166,7 @@ def _life() -> list[Builder[Panel]]:
             Query(haproxy_per_slot("haproxy_server_status", rate=False, more=',state="UP"', slot=_SLOT), "up"),
         ),
         graph(
-            Words("Native metrics", "How long Prometheus needs to scrape vLLM's own metrics from this replica."),
+            Words("Scrape of vLLM's metrics", "How long Prometheus needs to get vLLM's own metrics from here."),
             "s",
             Query(f"max(scrape_duration_seconds{_ONE})", "scrape"),
         ),

@@ -47,8 +47,9 @@ def tile(
     steps: Sequence[Step] = ((None, GREEN),),
     no_value: str = "0",
     decimals: int | None = None,
+    name_only: bool = False,
 ) -> Builder[models.Panel]:
-    """A number, coloured by the last of `steps` (from, colour) that it reaches."""
+    """A number, coloured by the last of `steps` (from, colour) that it reaches; or only the names of its series."""
     panel = (
         stat.Panel()
         .color_mode(options.BigValueColorMode.VALUE)
@@ -59,7 +60,9 @@ def tile(
     )
     if decimals is not None:
         panel = panel.decimals(decimals)
-    if any(query.legend for query in queries):
+    if name_only:
+        panel = panel.text_mode(options.BigValueTextMode.NAME)
+    elif any(query.legend for query in queries):
         panel = panel.text_mode(options.BigValueTextMode.VALUE_AND_NAME)
     for query, name in _lettered(queries):
         panel = panel.with_target(_target(query, name).instant())

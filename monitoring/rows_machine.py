@@ -35,8 +35,8 @@ def gpu_and_mps() -> list[Builder[Panel]]:
         graph(
             Words(
                 "GPU in use",
-                "SM utilization only where GPM counts it (the driver's `utilization.gpu` says 99 % while 14 % of the "
-                "SMs are busy); without a GPU, the host's CPUs.",
+                "SM: share of the multiprocessors at work, only where GPM counts it (the driver's `utilization.gpu` "
+                "says 99 % while 14 % are); without a GPU, the host's CPUs. DRAM: share of the memory bandwidth.",
             ),
             "percentunit",
             Query(f"max by (gpu) (splitwiser_gpu_sm_ratio{own}) and {SM_IS_COUNTED}", "SM, GPU {{gpu}}"),
@@ -45,14 +45,14 @@ def gpu_and_mps() -> list[Builder[Panel]]:
             ceiling=1.0,
         ),
         graph(
-            Words("Memory by holder", "Held by each replica, and by everything else, stacked up to what is used."),
+            Words("Memory by holder", "Held by each replica, and by everything else: together what is used."),
             "bytes",
             Query(per_slot("splitwiser_replica_gpu_memory_bytes"), "replica {{slot}}"),
             Query(f"clamp_min(sum(splitwiser_gpu_memory_used_bytes{own}) - {held}, 0)", "others"),
             stacked=True,
         ),
         graph(
-            Words("Memory and its limit", "Used, the limit that leaves the reserve free, and the device's size."),
+            Words("Memory and its limit", "Used; the limit, above which the reserve is touched; the device's size."),
             "bytes",
             Query(f"max by (gpu) (splitwiser_gpu_memory_used_bytes{own})", "used, GPU {{gpu}}"),
             Query(
@@ -93,6 +93,7 @@ def gpu_and_mps() -> list[Builder[Panel]]:
             Query(f"max by (gpu, source) (splitwiser_gpu_source{own}) == 1", "GPU {{gpu}}: {{source}}"),
             span=4,
             no_value="nobody",
+            name_only=True,
         ),
     ]  # fmt: skip
 
@@ -101,7 +102,7 @@ def saturation() -> list[Builder[Panel]]:
     hits, queries = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
     return [
         graph(
-            Words("KV cache in use", "Share of each replica's KV cache; near 100 % the engine preempts."),
+            Words("KV cache in use", "Share of each replica's KV cache; near 100 % the engine puts requests back."),
             "percentunit",
             Query(f"max by (slot) (splitwiser:kv_use:ratio{{{OURS}}})", "replica {{slot}}"),
             ceiling=1.0,
@@ -118,12 +119,12 @@ def saturation() -> list[Builder[Panel]]:
             stacked=True,
         ),
         graph(
-            Words("Distance to the limit", "How much of SMs, DRAM bandwidth, and memory short of the reserve is used."),
+            Words("Share of each limit in use", "SMs, memory bandwidth, and memory but for the reserve."),
             "percentunit",
             Query(f"max by (gpu, limit) ({USE})", "{{limit}}, GPU {{gpu}}"),
         ),
         graph(
-            Words("Output for each busy SM", "Tokens a second over SM utilization: falls when the GPU thrashes."),
+            Words("Output against SM use", "Tokens a second over SM use: falls when replicas are in each other's way."),
             "suffix: tok/s",
             Query(
                 f"sum(splitwiser:output_tokens:rate1m{{{OURS}}}) / (max(splitwiser_gpu_sm_ratio{{{OURS}}}) > 0)",
@@ -143,7 +144,7 @@ def life_cycle() -> list[Builder[Panel]]:
     failures = f"sum(rate(ray_serve_health_check_failures_total[{RATE}])) or vector(0)"
     return [
         timeline(
-            Words("State of each replica", "What each slot of the board was in."),
+            Words("State of each replica", "Only a ready replica receives work; a draining one finishes what it has."),
             list(zip(STATES, STATE_COLOURS, strict=True)),
             Query(f"({state_number()}) and {OCCUPIED}", "replica {{slot}}"),
             span=12,
@@ -158,7 +159,7 @@ def life_cycle() -> list[Builder[Panel]]:
             span=6,
         ),
         graph(
-            Words("Time to load", "From taking the slot to ready, for the replica in it; waiting for its turn too."),
+            Words("Time to load", "From a replica's start to ready, the wait for its turn to load included."),
             "s",
             Query(f"max by (slot) (splitwiser_replica_load_seconds{{{OURS}}}) and {OCCUPIED}", "replica {{slot}}"),
             span=6,
@@ -190,7 +191,7 @@ def life_cycle() -> list[Builder[Panel]]:
 
 def ingress() -> list[Builder[Panel]]:
     requests = f"sum by (status_code) (rate(ray_serve_num_http_requests_total[{RATE}]))"
-    failures = f"sum by (reason) (rate(ray_serve_haproxy_ingress_router_failures_total[{RATE}])) or vector(0)"
+    failures = f"sum by (reason) (rate(ray_serve_haproxy_ingress_router_failures_total[{RATE}])) or on () vector(0)"
     return [
         graph(
             Words("Answers by status", "As Ray Serve's ingress counted them; 499 is a client that went away."),
@@ -204,7 +205,7 @@ def ingress() -> list[Builder[Panel]]:
             *quantiles("ray_serve_http_request_latency_ms", every=RAY_EVERY, scope=""),
         ),
         graph(
-            Words("Router asked, by failure", "HAProxy asked the balancer and got no usable answer, by reason."),
+            Words("Router failures", "Times that HAProxy asked the router and got no usable answer, by reason."),
             "reqps",
             Query(failures, "{{reason}}", RAY_EVERY),
         ),

@@ -27,23 +27,35 @@ def headline() -> list[Builder[Panel]]:
     ready = f'sum(splitwiser_replica_state{{{OURS},state="ready"}})'
     return [
         tile(
-            Words("Replicas", "Ready to work; asked for by the configuration; sent new work by the router just now."),
+            Words(
+                "Replicas",
+                "How many could work, how many the configuration asks for, and how many the router gives new work to "
+                "just now. It leaves ready ones out when the GPU does more with fewer.",
+            ),
             "short",
             Query(ready, "ready"),
-            Query(f"sum(splitwiser_replicas_desired{{{OURS}}})", "wanted"),
-            Query(f"sum(splitwiser_replica_active{{{OURS}}})", "active"),
+            Query(f"sum(splitwiser_replicas_desired{{{OURS}}})", "configured"),
+            Query(f"sum(splitwiser_replica_active{{{OURS}}})", "given work"),
             span=6,
             steps=((None, RED), (1, GREEN)),
         ),
         tile(
-            Words("Slowest replica", "The longest engine step among the replicas that are working now."),
+            Words(
+                "Slowest replica",
+                "The replica whose engine steps take longest, of those that work now. A step makes one token for each "
+                "request in the batch, so this is the time between its tokens.",
+            ),
             "s",
             Query(f"topk(1, sum by (slot) (splitwiser_replica_step_seconds{{{OURS}}}) and {busy})", "replica {{slot}}"),
             span=4,
             no_value="idle",
         ),
         tile(
-            Words("Refused in the last 5 minutes", "Requests turned away, by reason. Each answered 429 or 503."),
+            Words(
+                "Refused in the last 5 minutes",
+                "Requests turned away with 429 or 503, and why. queue_full: too many wait already. queue_deadline: "
+                "waited too long for room. no_replica_ready: nobody could have served it.",
+            ),
             "short",
             Query(f"sum by (reason) (round(increase(splitwiser_router_rejections_total{{{OURS}}}[5m])))", "{{reason}}"),
             span=8,
@@ -53,8 +65,8 @@ def headline() -> list[Builder[Panel]]:
         tile(
             Words(
                 "GPU: nearest limit",
-                "How much of the scarcest of three is in use: SMs (when counted by GPM), DRAM bandwidth, and memory "
-                "short of the reserve. 100 % is the limit.",
+                "How far the GPU is from its limit, which is 100 %: the fullest of three. sm: multiprocessors at work "
+                "(where they are counted). dram: memory bandwidth. memory: what is used, of all but the reserve.",
             ),
             "percentunit",
             Query(f"topk(1, {USE})", "{{limit}} of GPU {{gpu}}"),
@@ -63,7 +75,7 @@ def headline() -> list[Builder[Panel]]:
             no_value="no reading",
         ),
         tile(
-            Words("Requests", "Requests that the routers assigned to a replica, each second."),
+            Words("Requests", "Requests that the router sent to a replica, each second."),
             "reqps",
             Query(total_rate("splitwiser_router_decisions_total")),
         ),
@@ -122,13 +134,13 @@ def balance() -> list[Builder[Panel]]:
     hits = total_rate("splitwiser_router_decisions_total", more=',reason="affinity"')
     return [
         graph(
-            Words("Requests to each replica", "Assignments each second, stacked: the height is the whole traffic."),
+            Words("Requests to each replica", "Sent there by the router, each second; the height is all of them."),
             "reqps",
             Query(rate_per_slot("splitwiser_router_decisions_total"), "replica {{slot}}"),
             stacked=True,
         ),
         graph(
-            Words("Share of the requests", "Each replica's part of the assignments; 0 outside the active set."),
+            Words("Share of the requests", "Each replica's part of them; 0 for one that gets no new work at present."),
             "percentunit",
             Query(f"{decisions} / on () group_left () (sum({decisions}) > 0) and {OCCUPIED}", "replica {{slot}}"),
             ceiling=1.0,
@@ -145,12 +157,16 @@ def balance() -> list[Builder[Panel]]:
             Query(per_slot("splitwiser_replica_waiting_requests"), "waiting, replica {{slot}}"),
         ),
         graph(
-            Words("Imbalance", "The fullest active replica over the mean of the active ones, in requests: 1 is even."),
+            Words("Imbalance", "Requests at the fullest replica over the mean, of those given work: 1 is even."),
             "short",
             Query(f"max(splitwiser:imbalance:ratio{{{OURS}}})", "fullest / mean"),
         ),
         graph(
-            Words("Decisions by reason", "Why the policy chose as it did. `most_room` means that nothing had room."),
+            Words(
+                "Decisions by reason",
+                "Why the policy chose that replica. shortest_wait: soonest done. affinity: it has the prompt's start "
+                "in its cache. most_room: none had room, and this one most.",
+            ),
             "reqps",
             Query(f"{total_rate('splitwiser_router_decisions_total', 'policy, reason')} > 0", "{{policy}}: {{reason}}"),
             stacked=True,
@@ -166,7 +182,7 @@ def balance() -> list[Builder[Panel]]:
             Query(f"sum(splitwiser_router_queue_requests{{{OURS}}})", "waiting"),
         ),
         graph(
-            Words("Refused", "Requests turned away, by reason."),
+            Words("Refused", "Requests turned away, by reason, each second; the tile above explains the reasons."),
             "reqps",
             Query(total_rate("splitwiser_router_rejections_total", "reason"), "{{reason}}"),
             stacked=True,
@@ -187,7 +203,7 @@ def balance() -> list[Builder[Panel]]:
         ),
         graph(
             Words(
-                "Estimates",
+                "Estimate error",
                 "How far off the router's guess of an answer's length is, relative to the real length. Error ignores "
                 "the sign; bias above 0 means that it expects too many tokens. Only whole answers count.",
             ),
@@ -209,28 +225,20 @@ def balance() -> list[Builder[Panel]]:
 def latency() -> list[Builder[Panel]]:
     phases = ("queue", "prefill", "decode")
     return [
-        graph(
-            Words("First token", "From arrival at the engine to the first token. The router's queue comes on top."),
-            "s",
-            *quantiles("vllm:time_to_first_token_seconds"),
-        ),
+        first_token(),
         graph(
             Words("First token, p95 of each replica", "One line far above the others is a slow replica."),
             "s",
             Query(quantile(0.95, "vllm:time_to_first_token_seconds", "slot"), "replica {{slot}}"),
         ),
+        between_tokens(),
         graph(
-            Words("Between tokens", "Time between two tokens of an answer."),
-            "s",
-            *quantiles("vllm:inter_token_latency_seconds"),
-        ),
-        graph(
-            Words("Whole answer", "From arrival at the engine to the last token. Below 0.3 s it is interpolated."),
+            Words("Whole answer", "From arrival at the engine to the last token; not resolved below 0.3 s."),
             "s",
             *quantiles("vllm:e2e_request_latency_seconds"),
         ),
         graph(
-            Words("Engine step of each replica", "How long one step takes; flat lines are idle replicas."),
+            Words("Engine step of each replica", "How long one step takes; a flat line is an idle replica's last one."),
             "s",
             Query(per_slot("splitwiser_replica_step_seconds"), "replica {{slot}}"),
         ),
@@ -265,13 +273,7 @@ def throughput() -> list[Builder[Panel]]:
             span=6,
             stacked=True,
         ),
-        graph(
-            Words("Answers by how they ended", "stop and length are whole answers; abort is a client that went away."),
-            "reqps",
-            Query(total_rate("vllm:request_success_total", "finished_reason"), "{{finished_reason}}"),
-            span=6,
-            stacked=True,
-        ),
+        answers_by_end(span=6),
         graph(
             Words("Tokens in one step", "Mean tokens that one engine step handled: how well the batch is filled."),
             "short",
@@ -279,3 +281,20 @@ def throughput() -> list[Builder[Panel]]:
             span=6,
         ),
     ]  # fmt: skip
+
+
+def first_token(more: str = "") -> Builder[Panel]:
+    """`more` narrows the series down, to one slot for example; so below."""
+    told = "From arrival at the engine to the first token. The router's queue comes on top."
+    return graph(Words("First token", told), "s", *quantiles("vllm:time_to_first_token_seconds", more))
+
+
+def between_tokens(more: str = "") -> Builder[Panel]:
+    told = "Time between two tokens of an answer."
+    return graph(Words("Between tokens", told), "s", *quantiles("vllm:inter_token_latency_seconds", more))
+
+
+def answers_by_end(more: str = "", span: int = 8) -> Builder[Panel]:
+    told = "stop and length are whole answers; abort is a client that went away."
+    ends = Query(total_rate("vllm:request_success_total", "finished_reason", more), "{{finished_reason}}")
+    return graph(Words("Answers by how they ended", told), "reqps", ends, span=span, stacked=True)

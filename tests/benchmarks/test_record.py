@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from benchmarks.recording import Sample, Scrape, Target, Writer, load
 from monitoring import discovery
 from monitoring.discovery import ReplicaTarget
 from tests.monitoring.stand_in_node import TAGS, gpu_reading, node, replica_id, served
+
+ROOT = Path(__file__).parents[2]
 
 
 def reading(slot: int, at_s: float) -> ReplicaReading:
@@ -48,11 +52,11 @@ def test_scrapes_come_back_whole_though_only_changes_are_stored(tmp_path: Path) 
     path = tmp_path / "recording.jsonl.gz"
     one, other = Target({"job": "splitwiser", "slot": "0"}), Target({"job": "haproxy"})
     scrapes = [
-        Scrape(1.0, one, 0.01, {"up": "1", "a{x=\"1\"}": "5"}),
-        Scrape(1.1, other, 0.01, {"up": "1"}),
-        Scrape(2.0, one, 0.02, {"up": "1", "a{x=\"1\"}": "6", "late": "NaN"}),
-        Scrape(3.0, one, 2.0, {}),
-        Scrape(4.0, one, 0.02, {"up": "1", "late": "2"}),
+        Scrape(1.0, one, 0.01, True, {"up": "1", "a{x=\"1\"}": "5"}),
+        Scrape(1.1, other, 0.01, True, {}),
+        Scrape(2.0, one, 0.02, True, {"up": "1", "a{x=\"1\"}": "6", "late": "NaN"}),
+        Scrape(3.0, one, 2.0, False, {}),
+        Scrape(4.0, one, 0.02, True, {"up": "1", "late": "2"}),
     ]  # fmt: skip
     writer = written(path)
     for scrape in scrapes:
@@ -87,13 +91,27 @@ def test_a_running_node_is_recorded_with_every_target_that_prometheus_would_find
     assert {replica.slot for sample in recording.samples for replica in sample.snapshot.replicas} == {0, 1}
     assert all(sample.active == {0, 1} for sample in recording.samples)
     assert sorted(scrape.target.labels["job"] for scrape in recording.scrapes) == ["haproxy"] + 3 * ["splitwiser"]
-    assert all(scrape.series for scrape in recording.scrapes)
+    assert all(scrape.up and scrape.series for scrape in recording.scrapes)
     assert "secret-host" not in gzip.decompress(out.read_bytes()).decode()
 
 
-def test_a_target_that_does_not_answer_is_a_scrape_without_series() -> None:
+def test_an_interrupted_recorder_keeps_what_it_has(tmp_path: Path) -> None:
+    """Whoever ends it early has a recording that can be read."""
+    out = tmp_path / "recording.jsonl.gz"
+    command = [sys.executable, "-m", "benchmarks.record", "--seconds", "600", "--out", str(out), "--targets"]
+    with node(tmp_path / "board") as made:
+        process = subprocess.Popen([*command, "--board", str(made.path)], cwd=ROOT)
+        deadline_s = time.monotonic() + 60
+        while not out.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 0
+    assert load(out).scrapes == ()
+
+
+def test_a_target_that_does_not_answer_is_down() -> None:
     scrape = record.scrape(Target({}, "127.0.0.1:1"), time.monotonic)
-    assert scrape.series == {}
+    assert (scrape.up, scrape.series) == (False, {})
 
 
 def test_only_series_that_somebody_asks_for_are_kept() -> None:

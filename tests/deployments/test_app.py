@@ -11,7 +11,7 @@ from ray.serve._private import constants, replica
 
 from balancer.ticket import HEADER
 from deployments import app
-from deployments.config import ConfigError
+from deployments.config import ConfigError, parse_args
 from deployments.launch import Run, environment, runs_folder
 
 ARGS: dict[str, Any] = {"model": "demo", "replicas": 3, "engine": {"max_model_len": 512}}
@@ -98,3 +98,23 @@ def test_every_setting_for_ray_serve_is_one_that_it_reads() -> None:
     assert len(settings) >= 10
     assert [name for name in settings if f'"{name}"' not in source] == []
     assert constants.RAY_SERVE_HAPROXY_METRICS_PORT > 0
+
+
+@pytest.mark.parametrize("replicas", range(1, 65))
+def test_exactly_the_replicas_of_a_gpu_fit_on_it(replicas: int) -> None:
+    """Ray counts resources in steps of 0.0001: shares must not add up to more than one GPU, nor leave room for more."""
+    share = round(app.gpu_share(replicas) * 10_000)
+    assert share * replicas <= 10_000
+    assert share * (replicas + 1) > 10_000
+
+
+@pytest.mark.usefixtures("haproxy")
+def test_every_gpu_gets_its_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs with three replicas each are six replicas of a third of a GPU."""
+    built = app.assemble({}, parse_args({"replicas": 3, "gpus": 2, "balancer": {"weights_read_s": 0.1}}), "gpu", Echo)
+    assert deployment(built).num_replicas == 6
+    assert deployment(built).ray_actor_options["num_gpus"] == 0.3333
+
+
+class Echo:
+    """Stands for a replica."""

@@ -239,3 +239,32 @@ def test_the_known_keys_of_a_file_are_rays() -> None:
 def test_the_address_has_serves_defaults() -> None:
     """Without http_options the address is this machine's port 8000."""
     assert HttpBounds().model_dump() == {"host": "127.0.0.1", "port": 8000}
+
+
+def test_replicas_on_all_gpus_are_counted_together() -> None:
+    """So many on each; together they must fit the board."""
+    assert parse_args({"replicas": 3, "gpus": 4}).total_replicas == 12
+    with pytest.raises(ConfigError, match="replicas x gpus must be at most 64"):
+        parse_args({"replicas": 20, "gpus": 4})
+
+
+def test_off_may_be_written_as_yaml_reads_it() -> None:
+    """YAML turns `off` into false, for pinning and for the memory cap as for MPS."""
+    args = parse_args({"cpu_pinning": False, "mps_limits": {"memory": False}})
+    assert (args.cpu_pinning, args.mps_limits.memory) == ("off", "off")
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({"mps_limits": {"thread_percent": 5}}, "unknown key `mps_limits.thread_percent`; known here are memory"),
+        ({"mps_limits": {"thread_percentage": 101}}, "`mps_limits.thread_percentage` is 101, but it should be less"),
+        ({"restarts": {"deaths": 0}}, "`restarts.deaths` is 0, but it should be greater"),
+        ({"start": "slowly"}, "`start` is 'slowly', but it should be 'auto', 'together' or 'first_alone'"),
+    ],
+)
+def test_a_mistake_in_the_gpus_settings_is_named(raw: dict[str, Any], says: str) -> None:
+    """Also within their sections."""
+    with pytest.raises(ConfigError) as caught:
+        parse_args(raw)
+    assert str(caught.value).startswith(says)

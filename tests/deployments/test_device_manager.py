@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ import pytest
 
 from balancer.board import Board
 from balancer.readings import GpuReading, GpuSource
-from deployments import device_manager
-from deployments.device_manager import DeviceManager
+from deployments import device_manager, notices
+from deployments.device_manager import DeviceManager, Permission
 from deployments.gpu_setup import EngineSettings
 from monitoring.sampler import open_reader
 
 SECONDS = 30.0
-ARGS = {"monitoring": {"sample_hz": 100, "memory_reserve_gib": 2}}
+ARGS = {"monitoring": {"sample_hz": 100, "memory_reserve_gib": 2, "exporter_port": None}}
 
 
 @pytest.fixture
@@ -68,10 +69,43 @@ def test_the_host_is_read_where_there_is_no_gpu(path: Path) -> None:
 
 def test_without_a_gpu_a_replica_adds_nothing(path: Path) -> None:
     """There is no plan and no MPS: the engine keeps the user's arguments, and no client need be proven."""
-    manager = DeviceManager({}, "cpu", str(path), "test")
-    assert manager.engine_settings() == EngineSettings()
-    manager.prove_client(1)
+    manager = DeviceManager(ARGS, "cpu", str(path), "test")
+    permission = manager.may_start("a", os.getpid())
+    assert (permission.place, permission.gpu, permission.settings) == (0, 0, EngineSettings())
+    manager.started("a", 0, [1])
+    assert manager.terminate([1]) == ""
     manager.__del__()
+
+
+def test_a_replica_that_keeps_dying_is_given_up_and_the_run_ends_with_the_last(path: Path) -> None:
+    """Each death postpones the next start; after the last place has been given up the supervisor is told."""
+    args = {**ARGS, "replicas": 2, "restarts": {"deaths": 2, "first_wait_s": 0}}
+    manager = DeviceManager(args, "cpu", str(path), "test")
+    lives = 0
+
+    def dies() -> Permission:
+        nonlocal lives
+        lives += 1
+        permission = manager.may_start(f"life {lives}", os.getpid())
+        manager.ended(f"life {lives}", planned=False)
+        return permission
+
+    assert [dies().place for _ in range(4)] == [0, 1, 0, 1]
+    assert dies().refusal.startswith("its last 2 starts (place 1 of 2) each ended within 120 s")
+    assert notices.stop_reason(path) == ""
+    assert dies().refusal
+    assert notices.stop_reason(path).startswith("no replica is left that could be started: its last 2 starts")
+    manager.__del__()
+    notices.stop_file(path).unlink()
+
+
+def test_cores_are_shared_out_only_where_there_are_enough(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas on 8 cores get three each, which are said with the permission; `off` or 7 cores give none."""
+    for count, pinning, expected in ((8, "auto", (2, 3, 4)), (7, "auto", ()), (8, "off", ())):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=count: set(range(count)))
+        manager = DeviceManager({**ARGS, "cpu_pinning": pinning}, "cpu", str(path), "test")
+        assert manager.may_start("a", os.getpid()).cores == expected
+        manager.__del__()
 
 
 def test_its_record_goes_with_it(path: Path) -> None:
@@ -106,4 +140,67 @@ def test_a_sampler_that_ended_is_unhealthy(path: Path) -> None:
     manager._thread.join(SECONDS)
     with pytest.raises(RuntimeError, match="sampler has stopped"):
         manager.check_health()
+    manager.__del__()
+
+
+class HouseOfWeights:
+    """Stands in for the weight host's supervisor, and remembers what it was asked."""
+
+    def __init__(self, folder: Path, args: object, model: str, engine: object, lifeline: object) -> None:
+        self.model, self.environments, self.why, self.dismissed = model, [], "", 0
+        HouseOfWeights.made = self
+
+    made: HouseOfWeights
+    environments: list[dict[str, str]]
+
+    def refused(self) -> str | None:
+        return self.why or None
+
+    def ensure(self, environment: dict[str, str]) -> None:
+        self.environments.append(environment)
+
+    def arguments(self) -> dict[str, str]:
+        return {"load_format": "theirs"}
+
+    def status(self) -> None:
+        return None
+
+    def dismiss(self) -> None:
+        self.dismissed += 1
+
+
+@pytest.fixture
+def sharing(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceManager]:
+    """A manager that is asked to share the weights of an ordinary model."""
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    monkeypatch.setattr(device_manager, "WeightHouse", HouseOfWeights)
+    monkeypatch.setattr(device_manager, "folder_of", lambda run: tmp_path)
+    manager = DeviceManager({"weights": "shared", "model": str(tmp_path)}, "cpu", str(path), "test")
+    yield manager
+    manager.__del__()
+    assert HouseOfWeights.made.dismissed == 1
+
+
+def test_a_replica_is_sent_to_the_weight_host(sharing: DeviceManager, tmp_path: Path) -> None:
+    """Whoever starts finds a living host on the same GPU, and its engine knows the loader."""
+    settings = sharing.may_start("a", os.getpid()).settings
+    assert settings.engine == {"load_format": "theirs"}
+    assert settings.environment == {device_manager.WEIGHTS_VARIABLE: "1"}
+    assert HouseOfWeights.made.model == str(tmp_path)
+    assert HouseOfWeights.made.environments == [{}]
+
+
+def test_what_the_host_refuses_is_no_longer_asked_of_it(sharing: DeviceManager) -> None:
+    """Once the host has found that the model cannot be shared, it is dismissed and replicas load by themselves."""
+    HouseOfWeights.made.why = "too strange"
+    assert sharing.may_start("a", os.getpid()).settings == EngineSettings()
+    assert HouseOfWeights.made.dismissed == 1
+    assert sharing.may_start("a", os.getpid()).settings == EngineSettings()
+
+
+def test_a_model_that_cannot_be_shared_gets_no_host(path: Path, tmp_path: Path) -> None:
+    """A quantized model is known before anything starts."""
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    manager = DeviceManager({"weights": "shared", "model": str(tmp_path)}, "cpu", str(path), "test")
+    assert manager.may_start("a", os.getpid()).settings == EngineSettings()
     manager.__del__()

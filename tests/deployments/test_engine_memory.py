@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from balancer.board import Board
+from deployments import engine_memory
 from deployments.engine_memory import held_bytes, weigh
 from deployments.slot import Slot
 from monitoring.sampler import ReadingError
@@ -64,6 +65,20 @@ def test_the_slot_tells_what_is_held_until_the_replica_ends(tmp_path: Path) -> N
     assert board.snapshot(1.0).replicas[0].gpu_memory_bytes == 700
     assert reader.closed
     board.close()
+    slot.close()
+
+
+def test_a_device_that_cannot_be_opened_is_no_reason_not_to_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ReadingError("NVML could not be opened")
+
+    monkeypatch.setattr(engine_memory, "open_reader", broken)
+    slot = Slot(tmp_path / "board", "app#Replica#x1", 0, lambda: 1.0)
+    asyncio.run(weigh(slot, [4]))
+    assert slot.fields.gpu_memory_bytes == 0
+    assert "unknown: NVML could not be opened" in caplog.text
     slot.close()
 
 

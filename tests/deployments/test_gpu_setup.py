@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -42,13 +43,19 @@ class House:
         self.paths = mps.private_paths(os.getuid(), folder)
         monkeypatch.setenv("PATH", f"{self.binary.parent}:{os.environ['PATH']}")
         monkeypatch.setattr(gpu_setup, "mps_paths", lambda name: self.paths)
+        monkeypatch.setattr(gpu_setup, "chosen_gpus", lambda count: tuple(range(count)))
+        monkeypatch.setattr(gpu_setup, "_uuid", lambda index: f"GPU-{index}")
+        self.board = folder / "board"
         self.show(monkeypatch, H200)
 
     def show(self, monkeypatch: pytest.MonkeyPatch, card: Card) -> None:
-        monkeypatch.setattr(gpu_setup, "this_card", lambda: card)
+        monkeypatch.setattr(gpu_setup, "this_card", lambda index=0: card)
 
     def configure(self, config: dict[str, Any]) -> None:
         (self.model / "config.json").write_text(json.dumps(config))
+
+    def gpus(self, **changes: Any) -> GpuHouse:
+        return GpuHouse(self.args(**changes), "1-1", self.board, lambda gpus: [], logging.getLogger("test"))
 
     def args(self, **changes: Any) -> Any:
         return parse_args({"model": str(self.model), "replicas": 4, **changes})
@@ -120,6 +127,35 @@ def test_a_check_shows_the_plan(house: House) -> None:
     assert not house.paths.pipe.exists()
 
 
+def test_weights_are_counted_once_where_that_saves_memory(house: House) -> None:
+    """`auto` shares the weights of four replicas, keeps two private whose host would take more, and obeys a wish."""
+    assert plan(house.args(), H200).demand.weights_shared
+    assert not plan(house.args(replicas=2), H200).demand.weights_shared
+    assert plan(house.args(replicas=2, weights="shared"), H200).demand.weights_shared
+    assert not plan(house.args(weights="private"), H200).demand.weights_shared
+
+
+def test_a_model_that_cannot_be_shared_is_planned_privately_and_says_why(house: House) -> None:
+    """The table ends with the reason, and the plan counts every replica's own weights."""
+    house.configure(OPT | {"quantization_config": {"quant_method": "gptq"}})
+    (house.model / "model.safetensors").write_bytes(b"x" * 1000)
+    assert not plan(house.args(weights="shared"), H200).demand.weights_shared
+    assert check(house.args(), "1-1").endswith(
+        "the weights are not shared: a quantized model's layers repack their weights in each engine"
+    )
+
+
+def test_a_house_can_go_back_to_private_weights(house: House) -> None:
+    """When the host finds that the model cannot be shared, later replicas get a smaller KV cache each."""
+    manager = house.gpus(mps="off")
+    before = manager.settings(0).engine["kv_cache_memory_bytes"]
+    assert manager.weights_shared
+    manager.plan_private_weights()
+    assert not manager.weights_shared
+    assert manager.settings(0).engine["kv_cache_memory_bytes"] < before
+    manager.close()
+
+
 def test_what_does_not_fit_is_refused(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many replicas for the card: one sentence that names how many would fit."""
     house.show(monkeypatch, Card("small", 8 * GIB))
@@ -167,30 +203,137 @@ def test_a_folder_that_cannot_be_ours_is_refused(house: House) -> None:
 
 def test_engines_get_what_was_planned_and_the_way_to_the_daemon(house: House) -> None:
     """Every engine is pinned to the plan's numbers and told where the daemon is; the daemon lives until the close."""
-    manager = GpuHouse(house.args(engine={"max_model_len": 1024}), "1-1")
+    manager = house.gpus(engine={"max_model_len": 1024})
     try:
-        settings, made = manager.settings(), plan(house.args(engine={"max_model_len": 1024}), H200)
+        settings, made = manager.settings(0), plan(house.args(engine={"max_model_len": 1024}), H200)
         assert settings.engine["kv_cache_memory_bytes"] == made.kv_cache_bytes
         assert settings.engine["max_model_len"] == 1024
         assert 0 < settings.engine["gpu_memory_utilization"] < 0.2
         assert settings.mps
         assert settings.environment[mps.PIPE_VARIABLE] == str(house.paths.pipe)
-        manager.check()
+        assert settings.environment["CUDA_VISIBLE_DEVICES"] == "0"
     finally:
         manager.close()
-    with pytest.raises(mps.MpsError, match="the MPS control daemon has died"):
-        manager.check()
 
 
 def test_without_mps_engines_are_kept_out_of_it(house: House) -> None:
     """A daemon that somebody else runs at the default place is not joined by accident, and there is none to watch."""
-    manager = GpuHouse(house.args(mps="off"), "1-1")
-    settings = manager.settings()
+    manager = house.gpus(mps="off")
+    settings = manager.settings(1)
     assert not settings.mps
-    assert settings.environment == dict(mps.ENVIRONMENT_OUTSIDE_MPS)
-    manager.prove_client(1)
-    manager.check()
+    assert settings.environment.items() >= mps.ENVIRONMENT_OUTSIDE_MPS.items()
+    assert settings.environment["CUDA_VISIBLE_DEVICES"] == "1"
+    manager.started(0, [1])
+    assert manager.terminate([1]) == ""
     manager.close()
+
+
+def test_an_engine_that_is_no_client_is_refused(house: House) -> None:
+    """An engine may not serve before it is proven to be a client, and one that is passes."""
+    house.state.write_text(json.dumps({"servers": {"427": {"clients": [os.getpid()]}}}))
+    manager = house.gpus()
+    try:
+        manager.started(0, [os.getpid()])
+        with pytest.raises(mps.MpsError, match="before process 1048576 became an MPS client"):
+            manager.started(0, [1 << 20])
+    finally:
+        manager.close()
+
+
+def test_replicas_are_alike_on_all_gpus(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several GPUs the fullest card decides how much KV cache every replica gets, and each is told its GPU."""
+    cards = [H200, Card("busy", H200.total_bytes, 50 * GIB)]
+    monkeypatch.setattr(gpu_setup, "this_card", lambda index=0: cards[index])
+    manager = house.gpus(gpus=2)
+    try:
+        first, second = manager.settings(0), manager.settings(1)
+        assert first.engine == second.engine
+        assert first.engine["kv_cache_memory_bytes"] == plan(house.args(), cards[1]).kv_cache_bytes
+        assert [s.environment["CUDA_VISIBLE_DEVICES"] for s in (first, second)] == ["0", "1"]
+    finally:
+        manager.close()
+    assert check(house.args(gpus=2), "1-1").endswith("the same on each of the GPUs 0, 1")
+
+
+def test_the_first_replica_is_measured_before_the_others_start(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plan must not be trusted, others wait for the first; one that is larger than fits refuses them."""
+    manager = house.gpus(start="first_alone")
+    try:
+        assert not manager.must_wait(0, others_starting=0)
+        assert manager.must_wait(0, others_starting=1)
+        held = plan(house.args(), H200).replica_bytes
+        house.show(monkeypatch, Card("H200", H200.total_bytes, held))
+        manager.started(0, [])
+        assert not manager.must_wait(0, others_starting=1)
+        assert manager.refusal == ""
+    finally:
+        manager.close()
+
+
+def test_a_first_replica_that_is_too_large_refuses_the_others(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names the setting to change, before any other has loaded."""
+    manager = house.gpus(start="first_alone")
+    try:
+        held = plan(house.args(), H200).replica_bytes
+        house.show(monkeypatch, Card("H200", H200.total_bytes, held + 10 * GIB))
+        manager.started(0, [])
+        assert "the first replica on GPU 0 was measured, and the first replica takes" in manager.refusal
+        assert "set replicas to 3 or kv_cache_bytes" in manager.refusal
+    finally:
+        manager.close()
+
+
+@pytest.mark.parametrize(("start", "reserve_gib", "waits"), [
+    ("auto", 4.0, False), ("auto", 1.0, True), ("together", 1.0, False), ("first_alone", 4.0, True),
+])  # fmt: skip
+def test_replicas_start_together_where_the_plan_leaves_room_for_error(
+    house: House, start: str, reserve_gib: float, waits: bool
+) -> None:
+    """A reserve that could take larger engines lets all start at once; else the first is measured, unless told so."""
+    manager = house.gpus(start=start, monitoring={"memory_reserve_gib": reserve_gib})
+    try:
+        assert manager.must_wait(0, others_starting=1) is waits
+    finally:
+        manager.close()
+
+
+def test_a_manager_that_is_restarted_plans_as_the_first_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this run's own replicas hold by then is not taken for somebody else's."""
+    first = house.gpus()
+    settings = first.settings(0)
+    first.close()
+    house.show(monkeypatch, Card("H200", H200.total_bytes, 130 * GIB))
+    second = house.gpus()
+    try:
+        assert second.settings(0).engine == settings.engine
+    finally:
+        second.close()
+
+
+def test_clients_are_capped_as_planned(house: House) -> None:
+    """`mps_limits.memory: plan` gives every client its share of the plan; beyond it that client alone fails."""
+    manager = house.gpus(mps_limits={"memory": "plan"})
+    try:
+        limit = manager.settings(0).environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"]
+        assert limit == f"0={plan(house.args(), H200).client_limit_bytes >> 20}M"
+    finally:
+        manager.close()
+
+
+@pytest.mark.parametrize("verdict", ["", "matrix products are wrong under this SM cap"])
+def test_an_sm_cap_is_used_only_where_products_are_right(
+    house: House, monkeypatch: pytest.MonkeyPatch, verdict: str
+) -> None:
+    """The check runs as a client with the cap; its sentence is the refusal."""
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(gpu_setup.numeric_check, "refusal", lambda environment: asked.append(environment) or verdict)
+    manager = house.gpus(mps_limits={"thread_percentage": 50})
+    try:
+        assert manager.refusal == verdict
+        assert asked[0]["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
+        assert manager.settings(0).environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
+    finally:
+        manager.close()
 
 
 def test_a_model_is_a_folder_or_a_name_unless_it_is_the_demo(

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from balancer.board import Board, Owner
-from deployments import launch, processes
-from deployments.config import ConfigError
+from deployments import launch, notices, processes
+from deployments.config import ConfigError, parse_args
 from deployments.launch import Run, clean_up_dead_runs, environment, require_free_port, require_free_ports, runs_folder
 from deployments.processes import RUN_VARIABLE
 
@@ -297,3 +297,39 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_run_in_which_nothing_is_left_that_could_serve_ends_with_status_1(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The device manager's reason is the last word, and `serve run` is asked to end in order."""
+    run = Run(DEAD, place.runs / DEAD, "127.0.0.1", 8000, plain=False)
+    run.folder.mkdir()
+    child = place.process()
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **__: child)
+    monkeypatch.setattr(launch, "_write_haproxy", lambda path: None)
+    monkeypatch.setattr(launch, "_show", lambda output: None)
+    monkeypatch.setattr(launch.live, "note_start", lambda *_: None)
+    notices.stop(run.board, "no replica is left that could be started: its last 3 starts ended")
+    args = parse_args({"monitoring": {"exporter_port": None}})
+    assert launch._supervise(Path("serve.yaml"), args, run, []) == 1
+    assert capsys.readouterr().out.startswith("splitwiser: stopping because no replica is left that could be started")
+    assert child.wait(20) == -signal.SIGINT or child.returncode != 0
+
+
+def test_of_a_lost_replica_its_own_sentence_is_shown_and_not_serves_tracebacks() -> None:
+    """Serve repeats a failed health check three times with a traceback each; other errors of it are still shown."""
+    prefix = b"\x1b[36m(ServeController pid=7)\x1b[0m "
+    hidden = [
+        prefix + b'  File "replica.py", line 2292, in check_health',
+        prefix + b"WARNING 2026-11-22 17:18:34 controller 7 -- Health check for Replica(id='x') failed: ray::Serve",
+        prefix + b"RuntimeError: the replica was asked to restart",
+        b"(ServeReplica:default:Replica pid=9) WARNING 2026-11-22 default_Replica x -- Replica health check failed.",
+    ]
+    shown = [
+        prefix + b"ERROR 2026-11-22 controller 7 -- Exception in Replica(id='x'), the replica will be stopped.",
+        prefix + b"RuntimeError: Engine core initialization failed. See root cause above.",
+        b"(ServeReplica:default:Replica pid=9) replica 1/2: the replica's engine has died; it will be replaced",
+    ]
+    assert all(launch._CHATTER.search(line) for line in hidden)
+    assert not any(launch._CHATTER.search(line) for line in shown)

@@ -207,6 +207,18 @@ def test_llama_2_7b_twice_on_an_a10_needs_shared_weights() -> None:
     assert shared.needed_bytes + shared.reserve_bytes <= KNOWN_CARDS["A10"].total_bytes
 
 
+def test_the_table_says_what_sharing_saves() -> None:
+    """One copy, its host's own memory, what that saves, and how many replicas would fit with and without."""
+    shape = model_shape(LLAMA_2_7B)
+    table = render(plan_memory(KNOWN_CARDS["A10"], shape, replace(A10_TWICE, weights_shared=True)))
+    assert re.search(r"weights, estimated, one copy for all +12\.55\n", table)
+    assert re.search(r"weight host \(CUDA context\) +0\.50\n", table)
+    assert "sharing the weights saves 12.05 GiB: at most 2 replica(s) like these fit, 1 with private weights" in table
+    alone = render(plan_memory(KNOWN_CARDS["A10"], shape, replace(A10_TWICE, replicas=1)))
+    assert "sharing" not in alone
+    assert "weight host" not in alone
+
+
 def test_not_even_one_says_how_long_a_sequence_would_fit() -> None:
     """Where the weights fit but one full sequence does not, the refusal's shorter length really fits."""
     demand = Demand(1, 32768, max_num_batched_tokens=2048)
@@ -351,10 +363,10 @@ def test_the_shorter_length_in_a_refusal_fits(card: Card, shape: ModelShape, dem
 @unhurried
 @given(cards, shapes, demands)
 def test_sharing_weights_never_costs_cache(card: Card, shape: ModelShape, demand: Demand) -> None:
-    """With the weights counted once, whatever fitted still fits, with at least as much KV cache each."""
+    """Where sharing saves memory, whatever fitted still fits, with at least as much KV cache each."""
     private = attempt(card, shape, replace(demand, weights_shared=False))
     shared = attempt(card, shape, replace(demand, weights_shared=True))
-    if isinstance(private, MemoryPlan):
+    if isinstance(private, MemoryPlan) and private.sharing_saves_bytes >= 0:
         assert isinstance(shared, MemoryPlan)
         assert shared.kv_cache_bytes >= private.kv_cache_bytes
 
@@ -462,3 +474,14 @@ def test_other_overheads_change_the_plan() -> None:
     lean = plan_memory(PLANNED.card, PLANNED.shape, PLANNED.demand, Overheads(engine_bytes=GIB))
     assert lean.kv_cache_bytes > PLANNED.kv_cache_bytes
     assert largest_replicas(lean) > largest_replicas(PLANNED)
+
+
+def test_a_plan_knows_how_much_larger_engines_may_be() -> None:
+    """What is left over and the reserve together are what all replicas may grow by."""
+    demand = Demand(replicas=4, max_model_len_tokens=2048, reserve_bytes=4 * GIB)
+    made = plan_memory(KNOWN_CARDS["H200"], model_shape(OPT_125M), demand)
+    room = made.card.free_bytes - made.needed_bytes
+    fits = room / (4 * (made.engine_bytes + made.workspace_bytes))
+    assert made.tolerates(0.0)
+    assert made.tolerates(0.99 * fits)
+    assert not made.tolerates(1.01 * fits)

@@ -289,3 +289,16 @@ def test_bodies_are_json_of_the_stated_length(place: Place) -> None:
     answer = ask(place.door(place.app))
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert json.loads(answer.content)["error"]["message"]
+
+
+def test_a_closed_door_says_why_and_still_counts(place: Place) -> None:
+    """When the engine behind it is lost, every POST gets an OpenAI error that says so; probes and others still pass."""
+    door = place.door(place.app)
+    door.close("a fatal GPU error in process 7")
+    answer = ask(door, ticket=ASSIGNED.encode())
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "replica_lost"
+    assert answer.json()["error"]["message"].startswith("a fatal GPU error in process 7")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert ask(door, method="GET", path="/health").status_code == 200
+    assert place.counts() == (1, 1, 0, 0)

@@ -202,7 +202,8 @@ def test_the_daemon_inherits_no_cuda_settings(world: World, monkeypatch: pytest.
     daemon = world.daemon()
     daemon.start(SECONDS)
     environment = json.loads(world.state_file.with_suffix(".environment").read_text())
-    assert {name for name in environment if name.startswith("CUDA_")} == {PIPE_VARIABLE, "CUDA_MPS_LOG_DIRECTORY"}
+    ours = {PIPE_VARIABLE, "CUDA_MPS_LOG_DIRECTORY", "CUDA_DEVICE_ORDER"}
+    assert {name for name in environment if name.startswith("CUDA_")} == ours
     assert environment[PIPE_VARIABLE] == str(world.paths.pipe)
     daemon.stop()
 

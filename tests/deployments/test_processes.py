@@ -292,3 +292,33 @@ def test_the_replica_itself_does_not_watch(monkeypatch: pytest.MonkeyPatch) -> N
     assert multiprocessing.parent_process() is None
     die_with_parent()
     assert "die-with-parent" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_engines_of_a_replica_are_all_it_started_but_the_resource_tracker() -> None:
+    """Python's tracker of shared memory is a child as well, and must outlive the engines."""
+    script = (
+        "import multiprocessing.resource_tracker as t, subprocess, sys, time; t.ensure_running();"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as replica:
+        assert replica.stdout is not None
+        engine = int(replica.stdout.readline())
+        try:
+            assert len(psutil.Process(replica.pid).children()) == 2
+            assert processes.engines_of(replica.pid) == [engine]
+        finally:
+            os.kill(engine, signal.SIGKILL)
+            replica.kill()
+    assert processes.engines_of(replica.pid) == []
+
+
+def test_only_the_very_process_is_killed() -> None:
+    """A number that was given to another process since is left alone."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        meant = Owner.of(process.pid)
+        processes.kill(Owner(process.pid, meant.start_ticks + 1))
+        assert meant.alive()
+        processes.kill(meant)
+        assert process.wait(20) == -signal.SIGKILL
+        processes.kill(meant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -77,3 +78,17 @@ def test_the_configuration_has_the_three_jobs() -> None:
     """This system, Ray and HAProxy."""
     document = yaml.safe_load((checks.PROMETHEUS / "prometheus.yml").read_text())
     assert [job["job_name"] for job in document["scrape_configs"]] == ["splitwiser", "haproxy", "ray"]
+
+
+def test_the_page_for_the_operator_names_every_alert_and_no_other() -> None:
+    """Whoever is called finds what it means and what to do first."""
+    page = (checks.ROOT / "docs" / "monitoring.md").read_text()
+    assert re.findall(r"^\| (Splitwiser\w+) \|", page, re.MULTILINE) == [rule["alert"] for rule in ALERTS]
+
+
+def test_the_page_for_the_operator_names_panels_that_exist() -> None:
+    """A panel that was renamed is renamed there too."""
+    page = (checks.ROOT / "docs" / "monitoring.md").read_text()
+    titles = {panel["title"] for document in checks.documents().values() for panel in checks.panels(document)}
+    others = {document["title"] for document in checks.documents().values()} | {"vLLM", "Ray Serve"}
+    assert set(re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", page.replace("/*.json", ""))) <= titles | others

@@ -26,7 +26,7 @@ import yaml
 from balancer.board import Owner, board_path
 from balancer.ticket import DIRECT, HEADER
 from deployments import processes
-from deployments.launch import runs_folder
+from deployments.processes import runs_folder
 
 ROOT = Path(__file__).parent.parent.parent
 START_LIMIT_S = 600

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from monitoring import discovery
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 
-def serve(config: Path) -> subprocess.CompletedProcess[str]:
+def serve(config: Path, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deployments.cli", "serve", str(config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, cwd=ROOT)
 
 
 def test_a_wrong_key_is_refused_in_one_sentence_before_anything_starts(tmp_path: Path) -> None:
@@ -82,21 +83,44 @@ def test_what_a_killed_supervisor_leaves_is_ended_by_the_next_start(
     launch.require_free_port("127.0.0.1", port, "http_options.port")
 
 
-def test_engines_die_with_a_killed_replica_and_serve_replaces_it(tmp_path: Path) -> None:
+def test_a_dead_engine_is_answered_for_and_replaced_and_none_outlives_its_replica(tmp_path: Path) -> None:
+    """Its requests get an OpenAI error, whole or in the stream; the next replica's engine dies with its replica."""
     with running(tmp_path, change=one_replica) as system:
         first = system.complete().replica
-        replica = next(p for p in belongings(system, system.run_id) if ":Replica" in " ".join(p.cmdline()))
-        engines = replica.children(recursive=True)
-        assert engines
-        replica.kill()
-        _, alive = psutil.wait_procs(engines, timeout=60)
-        assert not alive
+        (engine,) = [p for p in belongings(system, system.run_id) if "EngineCore" in " ".join(p.cmdline())]
+        with ThreadPoolExecutor() as pool:
+            whole, streamed = (pool.submit(system.complete, max_tokens=900, ignore_eos=True, stream=s) for s in (0, 1))
+            time.sleep(3)
+            engine.kill()
+            assert whole.result().status in (500, 503)
+            assert whole.result().json["error"]["message"]
+            assert b'"error"' in streamed.result().body
         deadline_s = time.monotonic() + 400
         while (answer := system.complete()).status != 200:
             assert time.monotonic() < deadline_s
             assert answer.status in (500, 503)
             time.sleep(1)
         assert answer.replica != first
+        replica = next(p for p in belongings(system, system.run_id) if ":Replica" in " ".join(p.cmdline()))
+        engines = replica.children(recursive=True)
+        assert engines
+        replica.kill()
+        _, alive = psutil.wait_procs(engines, timeout=60)
+        assert not alive
+
+
+def test_a_crash_loop_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    """An engine that can never start is tried so often as the configuration says; then the status is 1."""
+
+    def hopeless(document: dict[str, Any]) -> None:
+        args = document["applications"][0]["args"]
+        args |= {"replicas": 1, "restarts": {"deaths": 2, "first_wait_s": 0}}
+        args["engine"]["max_model_len"] = 100_000_000
+
+    ended = serve(write_config(tmp_path, free_port(), hopeless), limit_s=400)
+    assert ended.returncode == 1
+    assert "stopping because no replica is left that could be started: its last 2 starts" in ended.stdout
+    assert ended.stdout.count("loading weights and starting the engine") == 2
 
 
 def one_replica(document: dict[str, Any]) -> None:
