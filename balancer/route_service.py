@@ -194,6 +194,8 @@ class RouteService:
             began_s = time.perf_counter()
             decided = self._dispatcher.release(snapshot)
             each_s = (time.perf_counter() - began_s) / max(1, len(decided))
+            if decided:
+                self._forget_gone()
             for request_id, decision in decided:
                 waiter = self._waiting[request_id]
                 if not waiter.future.done():  # else its client went in this very turn of the loop
@@ -288,11 +290,14 @@ class RouteService:
         """Forget what waits for a client that has gone: HAProxy does not tell."""
         while True:
             await asyncio.sleep(_CLIENTS_EVERY_S)
-            named = {w.hint.client: w for w in self._waiting.values() if w.hint.client}
-            for client in hung_up.clients() & named.keys() if named else ():
-                if not named[client].future.done():
-                    self._client_left()
-                    named[client].future.set_result(_GONE)
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        named = {w.hint.client: w for w in self._waiting.values() if w.hint.client}
+        for client in hung_up.clients() & named.keys() if named else ():
+            if not named[client].future.done():
+                self._client_left()
+                named[client].future.set_result(_GONE)
 
     def _client_left(self) -> None:
         self._counters.count_cancelled()
