@@ -55,7 +55,6 @@ _SECTIONS = {
     "decision_ns": 1,
     "wait_buckets": len(WAIT_BOUNDS_S) + 1,
     "wait_ns": 1,
-    "retries": 1,
     "lost": 1,
     "cancelled": 1,
     "queue": 1,
@@ -130,10 +129,6 @@ class RouterCounters:
         """A replica stopped receiving work, for one of the EJECTIONS."""
         self._words[_AT["ejections"] + _EJECTION.get(reason, len(EJECTIONS) - 1)] += 1
 
-    def count_retry(self) -> None:
-        """A request was decided once more, because its first replica did not take it."""
-        self._words[_AT["retries"]] += 1
-
     def count_lost(self, requests: int) -> None:
         """Assigned requests never arrived at their replica."""
         self._words[_AT["lost"]] += requests
@@ -207,7 +202,6 @@ class RouterTotals:
     ejections: tuple[int, ...]
     decision: Observed
     wait: Observed
-    retries: int
     lost: int
     cancelled: int
     queue_length: int
@@ -297,7 +291,6 @@ def _totals(records: Sequence[_Read]) -> RouterTotals:
         ejections=sums["ejections"],
         decision=Observed(DECISION_BOUNDS_S, sums["decision_buckets"], sums["decision_ns"][0] / 1e9),
         wait=Observed(WAIT_BOUNDS_S, sums["wait_buckets"], sums["wait_ns"][0] / 1e9),
-        retries=sums["retries"][0],
         lost=sums["lost"][0],
         cancelled=sums["cancelled"][0],
         queue_length=sum(record.section("queue")[0] for record in alive),

@@ -320,7 +320,7 @@ class RouteService:
 
 
 _GONE: Answer = (503, b'{"detail":"the client has gone"}')
-_STOPPING = reject(503, stopping.REASON, 1.0)
+_STOPPING = reject(503, "stopping", 1.0)
 _TOO_LATE_FOR_CLIENT = reject(504, "client_timeout", 1.0)
 
 
