@@ -24,7 +24,7 @@ from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks import shapes
 from benchmarks.gpu_http import ENGINE
 from benchmarks.serving import free_port
-from deployments import launch, mps, processes
+from deployments import launch, middleware, mps, processes
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -65,14 +65,15 @@ class Setup:
         return int(self.args["engine"]["max_model_len"])
 
 
-def gpu_setup_of(replicas: int, graphs: bool, folder: Path, gpus: int = 1) -> Setup:
+def gpu_setup_of(replicas: int, graphs: bool, folder: Path, gpus: int = 1, weights: str = "auto") -> Setup:
     """OPT-125m's shape. Without CUDA graphs a start is shorter, and faults are the same."""
     engine = {**ENGINE, "kv_cache_memory_bytes": _KV_BYTES}
     if not graphs:
         engine = {**engine, "enforce_eager": True}
         del engine["compilation_config"]
     args = _args("serve_gpu.yaml") | {"model": str(shapes.make_folder("opt-125m", folder)), "served_model_name": "opt"}
-    return Setup(args | {"replicas": replicas, "gpus": gpus, "mps": "on", "engine": engine}, True, 48, 256, 128)
+    args |= {"replicas": replicas, "gpus": gpus, "mps": "on", "weights": weights, "engine": engine}
+    return Setup(args, True, 48, 256, 128)
 
 
 def cpu_setup_of(replicas: int) -> Setup:
@@ -98,7 +99,7 @@ class System:
 
     @property
     def run_id(self) -> str:
-        return next(folder.name for folder in launch.runs_folder().glob(f"{self.child.pid}-*"))
+        return next(folder.name for folder in processes.runs_folder().glob(f"{self.child.pid}-*"))
 
     @property
     def board(self) -> Path:
@@ -123,7 +124,7 @@ class System:
         return [p.pid for p in self.processes() if "EngineCore" in _command_of(p)]
 
     def processes(self) -> list[psutil.Process]:
-        pid, ticks = (launch.runs_folder() / self.run_id / "session").read_text().split()
+        pid, ticks = (processes.runs_folder() / self.run_id / "session").read_text().split()
         return processes.of_run(self.run_id, Owner(int(pid), int(ticks)))
 
     def clients(self) -> list[int]:
@@ -142,7 +143,7 @@ class System:
         timeout = aiohttp.ClientTimeout(total=5)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             for slot in slots:
-                async with session.post(self.url + launch.PROBE_PATH, json={"splitwiser_probe": slot}) as answer:
+                async with session.post(self.url + middleware.PROBE_PATH, json={"splitwiser_probe": slot}) as answer:
                     if answer.status != 200:
                         return False
         return True

@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--rounds", type=int, default=2, help="requests of each client of a closed loop")
+    parser.add_argument("--weights", choices=("auto", "shared", "private"), default="auto")
     parser.add_argument("--record", type=Path, help="record the board for 60 s under gpu_aware into this file")
     options = parser.parse_args(arguments)
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.systems:
         try:
             measure(name, setup, options)
-        except (RuntimeError, TimeoutError, OSError) as error:
+        except (RuntimeError, TimeoutError, OSError, StopIteration) as error:
             _write(options.out, {"system": name, "shape": options.shape, "failure": str(error), "logs": _ends(options)})
     return 0
 
@@ -108,8 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
     """Start the system, send every load that the deadline leaves time for, stop it."""
     began_s = time.monotonic()
-    with STARTS[name](setup) as server:
-        start = {"system": name, "shape": options.shape, "start_s": round(time.monotonic() - began_s, 1)}
+    start_system = STARTS[name]
+    if name == "splitwiser":
+        start_system = functools.partial(start_system, weights=options.weights)
+    with start_system(setup) as server:
+        start = {
+            "system": name,
+            "weights": options.weights,
+            "shape": options.shape,
+            "start_s": round(time.monotonic() - began_s, 1),
+        }
         run(_load(server, SHAPES[options.shape], 32, 64, stream=False, tokens=(64, 16)), 2)
         for balancer in options.balancers if server.folder else [None]:
             if balancer and balancer != "gpu_aware":
@@ -121,7 +130,10 @@ def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
             with _recording(server, options.record if balancer == "gpu_aware" else None):
                 _loads(server, {**start, "balancer": balancer}, setup, options)
             if balancer == "gpu_aware":
-                _latency(server, start, options)
+                try:
+                    _latency(server, start, options)
+                except (RuntimeError, OSError, ValueError, IndexError) as error:
+                    _write(options.out, {**start, "figure": "added_latency", "failure": repr(error)})
 
 
 def _loads(server: Server, row: dict[str, Any], setup: Setup, options: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from benchmarks.gpu_engines import Engine, EngineError
+from benchmarks.workers import Engine, EngineError
 from deployments import mps, weights
 from deployments.demo_model import DemoSpec, ensure_demo_model
 from deployments.gpu_setup import visible_gpus

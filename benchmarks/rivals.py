@@ -121,12 +121,14 @@ def ray_llm(setup: Setup, replicas: int) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def splitwiser(setup: Setup, replicas: int, uses_mps: str, balancer: dict[str, Any]) -> Iterator[Server]:
+def splitwiser(
+    setup: Setup, replicas: int, uses_mps: str, balancer: dict[str, Any], weights: str = "auto"
+) -> Iterator[Server]:
     """`splitwiser serve`, as a user starts it."""
     port = free_port()
     args = {
         "model": setup.model, "served_model_name": SERVED_NAME, "replicas": replicas, "device": "auto", "mps": uses_mps,
-        "engine": setup.engine_of(replicas), "balancer": balancer,
+        "engine": setup.engine_of(replicas), "balancer": balancer, "weights": weights,
         "monitoring": {"sample_hz": 25, "memory_reserve_gib": 4, "exporter_port": free_port()},
     }  # fmt: skip
     config = setup.folder / f"splitwiser-{replicas}-{uses_mps}.yaml"
