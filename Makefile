@@ -1,9 +1,9 @@
-# make serve | monitoring | test | lint | simulate | bench-data-plane | setup | clean
+# make serve | monitoring | test | chaos | lint | simulate | bench-data-plane | setup | clean
 CONFIG ?= serve_config.yaml
 FLAGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup serve monitoring test lint simulate bench-data-plane clean
+.PHONY: setup serve monitoring test chaos lint simulate bench-data-plane clean
 
 setup:
 	@scripts/setup.sh
@@ -16,6 +16,9 @@ monitoring: setup
 
 test: setup
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+chaos: setup
+	.venv/bin/python -m benchmarks.chaos --out benchmarks/results/chaos.jsonl
 
 lint: setup
 	.venv/bin/ruff check .

@@ -36,6 +36,7 @@ from benchmarks.plane import Plane
 from deployments.limits import Limits
 
 # What a client can say of a request. `left` hung up on purpose: the server may have been faster.
+_AT_MOST_S = 3600.0
 COMPLETED, REJECTED, FAILED, LEFT = "completed", "rejected", "failed", "left"
 Figures = dict[str, Any]
 
@@ -395,26 +396,33 @@ async def limits_fire(limits: Limits) -> Figures:
         return found
 
 
-SCENARIOS: dict[str, Callable[[], Awaitable[Figures]]] = {
-    "storm": lambda: storm_with_kills(100_000, 1.0),
-    "hang_ups": lambda: hang_ups(1000),
-    "overload": lambda: overload(300.0),
-    "stopped_replica": stopped_replica,
-    "killed_router": lambda: killed_router(10),
-    "every_replica_errs": lambda: every_replica_errs(2000),
-    "limits": lambda: limits_fire(Limits(2.0, 1.0, 10.0)),
+# Each takes the share of its full size that shall be run.
+SCENARIOS: dict[str, Callable[[float], Awaitable[Figures]]] = {
+    "limits": lambda scale: limits_fire(Limits(2.0, 1.0, 10.0)),
+    "stopped_replica": lambda scale: stopped_replica(),
+    "killed_router": lambda scale: killed_router(math.ceil(10 * scale)),
+    "every_replica_errs": lambda scale: every_replica_errs(math.ceil(2000 * scale)),
+    "hang_ups": lambda scale: hang_ups(math.ceil(1000 * scale)),
+    "overload": lambda scale: overload(300.0 * scale),
+    "storm": lambda scale: storm_with_kills(math.ceil(100_000 * scale), 1.0),
 }
+
+
+async def _bounded(scenario: Awaitable[Figures]) -> Figures:
+    async with asyncio.timeout(_AT_MOST_S):
+        return await scenario
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenarios", nargs="*", choices=[[], *SCENARIOS], metavar="SCENARIO", help=", ".join(SCENARIOS))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size, for a try (1)")
     parser.add_argument("--out", type=Path, help="append one line of JSON for each scenario")
     chosen = parser.parse_args()
     for name in chosen.scenarios or SCENARIOS:
         began_s = time.monotonic()
-        figures = asyncio.run(SCENARIOS[name]())  # type: ignore[arg-type]
-        line = {"scenario": name, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        figures = asyncio.run(_bounded(SCENARIOS[name](chosen.scale)))
+        line = {"scenario": name, "scale": chosen.scale, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "machine": f"{platform.machine()}, {psutil.cpu_count()} CPUs",
                 "load_1m": round(psutil.getloadavg()[0], 1),
                 "took_s": round(time.monotonic() - began_s, 1), **figures}  # fmt: skip
