@@ -377,6 +377,19 @@ async def every_replica_errs(requests: int) -> Figures:
                 "failed": after.failed - before.failed}  # fmt: skip
 
 
+async def full_disk() -> Figures:
+    """No process of the plane can write another byte to a file: logs are lost, requests are not."""
+    async with plane(replicas=2, knobs=Knobs(seed=1)) as running, aiohttp.ClientSession() as session:
+        for worker in (running.router, *running.replicas):
+            psutil.Process(worker.process.pid).rlimit(psutil.RLIMIT_FSIZE, (1, 1))
+        loud = [await send(session, running.url, {"prompt": "x", "fault": "cut"}) for _ in range(20)]
+        calm = [await send(session, running.url, {"prompt": "x", "max_tokens": 2}) for _ in range(20)]
+        assert {one.end for one in loud} == {FAILED}
+        await settle(running)
+        return {"sent": len(calm), "completed": sum(one.end == COMPLETED for one in calm),
+                "replicas_alive": sum(worker.alive for worker in running.replicas)}  # fmt: skip
+
+
 async def limits_fire(limits: Limits) -> Figures:
     """A replica that takes a request and is silent, and one that stalls in the middle."""
     async with plane(replicas=2, limits=limits, knobs=Knobs(stalled_after_s=60.0)) as running:
@@ -402,6 +415,7 @@ SCENARIOS: dict[str, Callable[[float], Awaitable[Figures]]] = {
     "stopped_replica": lambda scale: stopped_replica(),
     "killed_router": lambda scale: killed_router(math.ceil(10 * scale)),
     "every_replica_errs": lambda scale: every_replica_errs(math.ceil(2000 * scale)),
+    "full_disk": lambda scale: full_disk(),
     "hang_ups": lambda scale: hang_ups(math.ceil(1000 * scale)),
     "overload": lambda scale: overload(300.0 * scale),
     "storm": lambda scale: storm_with_kills(math.ceil(100_000 * scale), 1.0),

@@ -84,6 +84,13 @@ def test_a_killed_router_loses_no_stream() -> None:
     assert run(chaos.killed_router(1))["streams_lost"] == 0
 
 
+def test_a_full_disk_costs_logs_and_no_request() -> None:
+    """Errors are logged with every broken answer; when that cannot be written, the next requests are still served."""
+    figures = run(chaos.full_disk())
+    assert figures["replicas_alive"] == 2
+    assert figures["completed"] == figures["sent"]
+
+
 def test_when_every_replica_errs_nothing_is_sent_twice() -> None:
     """An answer of 500 is an answer: retries add nothing, and one replica stays in rotation to give it."""
     figures = run(chaos.every_replica_errs(60))

@@ -66,6 +66,15 @@ def processes_named(system: System, part: str) -> list[psutil.Process]:
     return found
 
 
+def engine_pids(system: System, slot: int) -> list[int]:
+    """The engine processes of the replica in a slot."""
+    board = Board.open(board_path(system.run_id))
+    owner = board.owner(slot)
+    board.close()
+    assert owner is not None
+    return [p.pid for p in psutil.Process(owner.pid).children(recursive=True)]
+
+
 # --- the system as shipped, which is healthy afterwards ---
 
 
@@ -164,6 +173,13 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
         after = ends(system)
         assert grown(after, before) == (18, 18 - len(broken), 0, 0, len(broken))
         until(lambda: sum(r.state.name == "READY" for r in readings(system)) == 2, within_s=300.0)
+        (stream,) = streams.start(system.url, **LONG)
+        slot = next(r.slot for r in readings(system) if r.replica_id.endswith(stream.replica))
+        worker = next(p for p in processes_named(system, "Worker") if p.ppid() in engine_pids(system, slot))
+        worker.kill()  # of the engine, which dies of it
+        assert stream.ended.wait(60)
+        assert stream.error.get("code"), stream.text[-200:]
+        assert system.complete(max_tokens=2).status == 200
         short = streams.start(system.url, 2, max_tokens=200, ignore_eos=True)
         board = board_path(system.run_id)
         system.process.send_signal(signal.SIGINT)
