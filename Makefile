@@ -1,9 +1,9 @@
-# make serve | monitoring | test | fuzz | audit | lint | bench | simulate | bench-data-plane | setup | clean
+# make serve | monitoring | test | chaos | fuzz | audit | lint | bench | simulate | bench-data-plane | setup | clean
 CONFIG ?= serve_config.yaml
 FLAGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup serve monitoring test fuzz audit lint bench simulate bench-data-plane clean
+.PHONY: setup serve monitoring test chaos fuzz audit lint bench simulate bench-data-plane clean
 
 setup:
 	@scripts/setup.sh
@@ -24,6 +24,9 @@ fuzz: setup
 
 audit: setup
 	@.venv/bin/python scripts/audit.py
+
+chaos: setup
+	.venv/bin/python -m benchmarks.chaos --out benchmarks/results/chaos.jsonl
 
 lint: setup
 	.venv/bin/ruff check .

@@ -37,13 +37,13 @@ _RECORD = struct.Struct("@QIIQd")  # sequence, CRC of the payload, owner's PID, 
 _SEQUENCE = struct.Struct("@Q")
 _AFTER_SEQUENCE = struct.Struct("@IIQd")
 _GPU = struct.Struct("@ii9d")
-_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}QQQQQ")
+_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}Q8Q")
 # Numbers between a slot's tokens in flight and what it received by router row.
 _BEFORE_ROWS = 13
 _ROW = struct.Struct("@" + "IQ" * REPLICA_SLOTS)
 
 _MAGIC = b"SPLTWSR1"
-_LAYOUT_VERSION = 3
+_LAYOUT_VERSION = 4
 _HEADER_BYTES = 4096
 _GPU_STRIDE = 256
 _SLOT_STRIDE = 512
@@ -328,6 +328,10 @@ class SlotFields:
     predicted_tokens_total: int = 0
     answered_tokens_total: int = 0
     estimate_error_tokens_total: int = 0
+    engine_steps_total: int = 0
+    awaiting_requests: int = 0
+    server_errors_total: int = 0
+    server_errors_in_a_row: int = 0
 
 
 class SlotWriter:
@@ -349,6 +353,7 @@ class SlotWriter:
                 f.step_time_s, f.prompt_tokens_total, f.output_tokens_total, f.preemptions_total, f.received_total,
                 f.finished_total, f.gpu_memory_bytes, *self.received_by_router, f.kv_tokens_peak,
                 f.predicted_tokens_total, f.answered_tokens_total, f.estimate_error_tokens_total,
+                f.engine_steps_total, f.awaiting_requests, f.server_errors_total, f.server_errors_in_a_row,
             ),
             now_s,
         )  # fmt: skip

@@ -36,11 +36,11 @@ CHOICES = (
     (OTHER, OTHER),
 )
 REJECTIONS = (
-    "no_replica_ready", "queue_full", "queue_deadline", "invalid_api_key", "request_rate", "token_rate",
-    "too_many_at_once", OTHER,
+    "no_replica_ready", "queue_full", "queue_deadline", "client_timeout", "stopping", "invalid_api_key", "request_rate",
+    "token_rate", "too_many_at_once", OTHER,
 )  # fmt: skip
 # Why a replica that is on the board stopped receiving work without having asked for it.
-EJECTIONS = ("stale", "unreachable", "failed", OTHER)
+EJECTIONS = ("errors", "stalled", "stale", "unreachable", "failed", OTHER)
 # A decision takes 20 to 500 us; a wait ends with its deadline, 30 s by default.
 DECISION_BOUNDS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 WAIT_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -58,7 +58,6 @@ _SECTIONS = {
     "decision_ns": 1,
     "wait_buckets": len(WAIT_BOUNDS_S) + 1,
     "wait_ns": 1,
-    "retries": 1,
     "lost": 1,
     "cancelled": 1,
     "queue": 1,
@@ -130,12 +129,8 @@ class RouterCounters:
         self._words[_AT["rejections"] + _REJECTION.get(reason, len(REJECTIONS) - 1)] += 1
 
     def count_ejection(self, reason: str) -> None:
-        """A replica stopped receiving work because it is `stale`, `unreachable` or `failed`."""
+        """A replica stopped receiving work, for one of the EJECTIONS."""
         self._words[_AT["ejections"] + _EJECTION.get(reason, len(EJECTIONS) - 1)] += 1
-
-    def count_retry(self) -> None:
-        """A request was decided once more, because its first replica did not take it."""
-        self._words[_AT["retries"]] += 1
 
     def count_lost(self, requests: int) -> None:
         """Assigned requests never arrived at their replica."""
@@ -210,7 +205,6 @@ class RouterTotals:
     ejections: tuple[int, ...]
     decision: Observed
     wait: Observed
-    retries: int
     lost: int
     cancelled: int
     queue_length: int
@@ -300,7 +294,6 @@ def _totals(records: Sequence[_Read]) -> RouterTotals:
         ejections=sums["ejections"],
         decision=Observed(DECISION_BOUNDS_S, sums["decision_buckets"], sums["decision_ns"][0] / 1e9),
         wait=Observed(WAIT_BOUNDS_S, sums["wait_buckets"], sums["wait_ns"][0] / 1e9),
-        retries=sums["retries"][0],
         lost=sums["lost"][0],
         cancelled=sums["cancelled"][0],
         queue_length=sum(record.section("queue")[0] for record in alive),

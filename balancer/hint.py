@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
+from balancer import hung_up
+
 HEADER = "x-splitwiser-hint"
 SESSION = "x-session-id"
 # What is taken over, by the short name it travels under.
@@ -23,6 +25,8 @@ CLIENT_HEADERS = {
 }
 # Priorities beyond these say no more; each distinct one is a line of its own in the queue.
 MOST_PRIORITY = 100
+# Beside the client's headers: path, part, concurrent, from, port.
+_OWN_FIELDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Hint:
     `concurrent`: this client's requests at HAProxy now, this one included; 0 when it showed no key. `from_client`:
     HAProxy composed this, so that a client stands behind it and not a part of the system. `path` is where the request
     goes, "" when HAProxy does not tell; `part` marks a part of a batch, which only replicas ask for, at the router's
-    own port.
+    own port. `client` is the other end of HAProxy's connection, as `balancer.hung_up` names it.
     """
 
     session: str = ""
@@ -45,11 +49,12 @@ class Hint:
     from_client: bool = field(default=False, compare=False)
     path: str = ""
     part: bool = False
+    client: str = ""
 
     @staticmethod
     def decode(text: str) -> Hint:
         """Never raises: what a client wrote that makes no sense counts as not written."""
-        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + 2))
+        values = dict(parse_qsl(text, max_num_fields=len(CLIENT_HEADERS) + _OWN_FIELDS))
         return Hint(
             values.get("session", ""),
             _priority(values.get("priority", "")),
@@ -61,6 +66,7 @@ class Hint:
             from_client=values.get("part", "") != "1",
             path=values.get("path", ""),
             part=values.get("part", "") == "1",
+            client=_client(values.get("from", ""), values.get("port", "")),
         )
 
 
@@ -71,11 +77,19 @@ def haproxy_rule() -> str:
     """The line of HAProxy's configuration that composes the header, where requests are tracked by their key."""
     parts = ["path=%[path,url_enc]"]
     parts += [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
-    return f"http-request set-header {HEADER} {'&'.join([*parts, 'concurrent=%[sc_trackers(0)]'])}"
+    parts += ["concurrent=%[sc_trackers(0)]", "from=%[src,url_enc]", "port=%[src_port]"]
+    return f"http-request set-header {HEADER} {'&'.join(parts)}"
 
 
 def _count(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+
+
+def _client(address: str, port: str) -> str:
+    try:
+        return hung_up.name(address, int(port))
+    except ValueError:
+        return ""
 
 
 def _priority(text: str) -> int:

@@ -15,6 +15,10 @@ class Knobs:
     # times a second, so 2 s is eight missed heartbeats.
     stale_after_s: float = 2.0
 
+    # A replica whose requests wait while its engine makes no step for this long is out until it steps again. A step
+    # takes milliseconds on a GPU and up to a few seconds on a busy CPU.
+    stalled_after_s: float = 8.0
+
     # Makes choices between equals repeatable.
     seed: int | None = None
 

@@ -67,8 +67,11 @@ class ReplicaReading:
     expected output), summed. Counters named `*_total` only grow during one life of the replica.
     `kv_tokens_peak` is the most KV tokens that the requests in flight are expected to hold at any one time
     (`balancer.kv_peak`, at most a heartbeat old, plus all of what was accepted since); 0 where it is not known.
-    The three last count answers whose end vLLM reported: the output tokens that were predicted for them, those that
-    they had, and the sum of the differences without their signs.
+    `predicted`, `answered` and `estimate_error` count answers whose end vLLM reported: the output tokens that were
+    predicted for them, those that they had, and the sum of the differences without their signs.
+    `awaiting_requests` have arrived whole and wait for the engine's next word; `engine_steps_total` tells a busy engine
+    from a stopped one. `server_errors_in_a_row` counts answers that failed by the engine's fault since the last that
+    did not; client errors count for nothing.
     `received_by_router[row]` counts the requests that came from the router holding that row of the board.
     """
 
@@ -99,6 +102,10 @@ class ReplicaReading:
     predicted_tokens_total: int = 0
     answered_tokens_total: int = 0
     estimate_error_tokens_total: int = 0
+    engine_steps_total: int = 0
+    awaiting_requests: int = 0
+    server_errors_total: int = 0
+    server_errors_in_a_row: int = 0
 
     @property
     def assigned_requests(self) -> int:

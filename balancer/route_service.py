@@ -18,17 +18,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from balancer import batches, explain, haproxy_view
+from balancer import batches, explain, haproxy_view, hung_up, ledger, stopping
 from balancer.access import ANYONE, Access, Key, presented, refusal_of_strangers
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
 from balancer.cost import BYTES_PER_TOKEN, CostEstimator
 from balancer.counters import RouterCounters
+from balancer.health import Health
 from balancer.hint import HEADER as HINT_HEADER
 from balancer.hint import NO_HINT, SESSION, Hint
 from balancer.knobs import Knobs
+from balancer.ledger import End
 from balancer.on_the_way import OnTheWay
-from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict
+from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict, reject
 from balancer.selection import least
 from balancer.ticket import HEADER, ROUTER_HEADER, Ticket
 
@@ -42,6 +44,8 @@ Send = Callable[[Message], Awaitable[None]]
 # HAProxy's view changes when replicas come and go, which is announced on the board first.
 _VIEW_EVERY_S = 0.5
 _BOARD_CHECK_EVERY_S = 1.0
+# A hang-up must free its place within a second.
+_CLIENTS_EVERY_S = 0.25
 # How often waiting requests are looked at: an engine step takes at least as long, and nothing frees room in between.
 _RELEASE_EVERY_S = 0.003
 # The same while nothing waits: the active set is measured then too.
@@ -92,13 +96,18 @@ class RouteService:
         self._waiting: dict[str, Waiter] = {}
         self._lost_counted = 0
         self._reachable: Mapping[str, str] | None = None
+        self._speakers: tuple[ReplicaReading, ...] = ()
+        self._health = Health(knobs)
+        self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._attach()
+        self._page = ledger.Page.of_router(board_path)
 
     async def start(self) -> None:
         """Begin to release what waits, and to follow HAProxy's view and the board's file."""
         self._tasks.append(asyncio.create_task(self._release()))
         self._tasks.append(asyncio.create_task(self._follow_board()))
+        self._tasks.append(asyncio.create_task(self._follow_clients()))
         if self._haproxy_socket is not None:
             self._tasks.append(asyncio.create_task(self._follow_haproxy(self._haproxy_socket)))
 
@@ -108,10 +117,12 @@ class RouteService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for waiter in list(self._waiting.values()):
             if not waiter.future.done():
+                self._page.end(End.REJECTED)
                 waiter.future.set_result((503, b'{"detail":"the router is stopping"}'))
         self._counters.leave()
         self._row.release()
         self._board.leave()
+        self._page.leave()
 
     def check(self) -> None:
         """Raises what ended a background task: without it what waits would wait for ever."""
@@ -122,6 +133,7 @@ class RouteService:
     def reconfigure(self, knobs: Knobs) -> None:
         """Take another policy or other knobs, effective with the next decision; what waits goes on waiting."""
         self._dispatcher.reconfigure(knobs)
+        self._health.knobs = knobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -146,23 +158,28 @@ class RouteService:
             return _probe(slot, snapshot)
         key = self._holder(hint)
         if key is None:
+            self._page.enter()
             return self._refuse(refusal_of_strangers(), _NO_COST, snapshot, hint)
         if not hint.part and (managed := self._managed(key, body, hint, snapshot)):
             return managed
+        self._page.enter()
         cost, request_id = self._estimator.estimate(body, hint.session, hint.priority), next(self._ids)
         if hint.part:
             cost = replace(cost, prefix=0)  # the parts of a batch are to be spread, whatever they begin with
         if (refusal := self._access.admit(key, cost.tokens, hint.concurrent)) is not None:
             return self._refuse(refusal, cost, snapshot, hint)
         began_s = time.perf_counter()
-        decision = self._dispatcher.submit(request_id, cost, snapshot)
+        decision = self._dispatcher.submit(request_id, cost, snapshot) if not self._stopping else _STOPPING
         self._count(decision, time.perf_counter() - began_s)
         self._publish_counts(snapshot.now_s)
         if decision.verdict is not Verdict.WAIT:
             return self._answer(decision, cost, snapshot, hint)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
         self._waiting[request_id] = Waiter(cost, hint, snapshot.now_s, future)
         future.add_done_callback(lambda _: self._forget(request_id))
+        if hint.timeout_s is not None:
+            loop.call_later(hint.timeout_s, self._give_up, request_id)
         return future
 
     def _holder(self, hint: Hint) -> Key | None:
@@ -186,6 +203,7 @@ class RouteService:
             return None
         tokens = int(len(body) / BYTES_PER_TOKEN) if sequences else 0
         if (refusal := self._access.admit(key, tokens, hint.concurrent)) is not None:
+            self._page.enter()
             return self._refuse(refusal, _NO_COST, snapshot, hint)
         if sequences:
             self._dispatcher.expect(sequences, snapshot)
@@ -203,31 +221,41 @@ class RouteService:
         either: set[asyncio.Future[Any]] = {future, hung_up}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            self._counters.count_cancelled()
-            return 503, b'{"detail":"the client has gone"}'
+            return future.result() if future.done() else _GONE
         finally:
             hung_up.cancel()
-            future.cancel()
+            if future.cancel():  # not if it was decided; Serve may cancel us before we see the hang-up ourselves
+                self._client_left()
 
     def _forget(self, request_id: str) -> None:
         waiter = self._waiting.pop(request_id)
         self._counters.observe_wait(self._clock() - waiter.since_s)
         self._dispatcher.cancel(request_id)
 
+    def _give_up(self, request_id: str) -> None:
+        """The client's own time is over while its request waits."""
+        waiter = self._waiting.get(request_id)
+        if waiter is not None and not waiter.future.done():
+            self._count(_TOO_LATE_FOR_CLIENT, 0.0)
+            waiter.future.set_result(self._answer(_TOO_LATE_FOR_CLIENT, waiter.cost, self._snapshot(), waiter.hint))
+
     async def _release(self) -> None:
         while True:
             await asyncio.sleep(_RELEASE_EVERY_S if self._waiting else _IDLE_EVERY_S)
+            self._stopping = stopping.asked(self._board_path) is not None
             snapshot = self._snapshot()
             began_s = time.perf_counter()
             decided = self._dispatcher.release(snapshot)
             each_s = (time.perf_counter() - began_s) / max(1, len(decided))
+            if decided:
+                self._forget_gone()
             for request_id, decision in decided:
                 waiter = self._waiting[request_id]
                 if not waiter.future.done():  # else its client went in this very turn of the loop
                     self._count(decision, each_s)
-                    waiter.future.set_result(self._answer(decision, waiter.cost, snapshot, waiter.hint))
+                    waited_s = snapshot.now_s - waiter.since_s
+                    answer = self._answer(decision, waiter.cost, snapshot, waiter.hint, waited_s)
+                    waiter.future.set_result(answer)
             self._publish_counts(snapshot.now_s)
 
     def _count(self, decision: Decision, seconds: float) -> None:
@@ -239,11 +267,15 @@ class RouteService:
     def _publish_counts(self, now_s: float) -> None:
         self._counters.count_lost(self._on_the_way.lost_total - self._lost_counted)
         self._lost_counted = self._on_the_way.lost_total
+        for reason in self._health.ejected():
+            self._counters.count_ejection(reason)
         self._counters.set_queue(self._dispatcher.waiting)
         self._counters.set_active(self._dispatcher.active)
         self._counters.publish(now_s)
 
-    def _answer(self, decision: Decision, cost: RequestCost, snapshot: Snapshot, hint: Hint) -> Answer:
+    def _answer(
+        self, decision: Decision, cost: RequestCost, snapshot: Snapshot, hint: Hint, waited_s: float = 0.0
+    ) -> Answer:
         policy = self._dispatcher.knobs.policy
         extra = {}
         if hint.explain:
@@ -252,28 +284,35 @@ class RouteService:
         if decision.verdict is Verdict.ASSIGN:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s, cost.sequences)
-            ticket = _ticket(policy, decision, self._row.index, cost)
+            ticket = _ticket(policy, decision, self._row.index, cost, waited_s)
+            self._page.hand_over()
             return _name(replica, ticket, extra, self._address_of(replica) if hint.part else "")
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
-        if not snapshot.replicas:
+        if not self._speakers:
+            self._page.end(End.REJECTED)
             return 503, json.dumps({"detail": decision.reason}).encode()
-        ticket = Ticket(policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s)
-        return _name(max(snapshot.replicas, key=_most_likely_to_answer), ticket, extra)
+        speaker = max(self._speakers, key=_most_likely_to_answer)
+        ticket = Ticket(
+            policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s, slot=speaker.slot
+        )
+        self._page.hand_over()
+        return _name(speaker, ticket, extra)
 
     def _address_of(self, replica: ReplicaReading) -> str:
         """Where HAProxy sends what is for this replica; "" when that is not known (yet)."""
         return (self._reachable or {}).get(haproxy_view.server_name(replica.replica_id), "")
 
     def _snapshot(self) -> Snapshot:
-        """The board as it is now, without the replicas that HAProxy cannot reach."""
+        """The board as it is now, without the replicas that HAProxy cannot reach or that are out of rotation."""
         snapshot = self._board.snapshot(self._clock())
         if self._on_the_way.reconcile(snapshot):
             snapshot = self._board.snapshot(snapshot.now_s)
         self._estimator.learn(snapshot)
-        if self._reachable is None:
-            return snapshot
-        known = tuple(r for r in snapshot.replicas if haproxy_view.server_name(r.replica_id) in self._reachable)
-        return Snapshot(snapshot.now_s, known, snapshot.gpus, snapshot.torn_slots)
+        if self._reachable is not None:
+            known = tuple(r for r in snapshot.replicas if haproxy_view.server_name(r.replica_id) in self._reachable)
+            snapshot = Snapshot(snapshot.now_s, known, snapshot.gpus, snapshot.torn_slots)
+        self._speakers = snapshot.replicas
+        return self._health.look(snapshot)
 
     def _attach(self) -> None:
         board = Board.open(self._board_path)
@@ -300,13 +339,42 @@ class RouteService:
             old_counters.leave()
             old.close()
 
+    async def _follow_clients(self) -> None:
+        """Forget what waits for a client that has gone: HAProxy does not tell."""
+        while True:
+            await asyncio.sleep(_CLIENTS_EVERY_S)
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        named = {w.hint.client: w for w in self._waiting.values() if w.hint.client}
+        for client in hung_up.clients() & named.keys() if named else ():
+            if not named[client].future.done():
+                self._client_left()
+                named[client].future.set_result(_GONE)
+
+    def _client_left(self) -> None:
+        self._counters.count_cancelled()
+        self._page.end(End.CANCELLED)
+
     async def _follow_haproxy(self, socket: Path) -> None:
         while True:
             try:
-                self._reachable = await haproxy_view.ask(socket)
+                self._see(await haproxy_view.ask(socket))
             except (OSError, TimeoutError) as error:
                 logger.warning("HAProxy does not answer on %s (%s); keeping its last view", socket, error)
             await asyncio.sleep(_VIEW_EVERY_S)
+
+    def _see(self, reachable: Mapping[str, str]) -> None:
+        gone = (self._reachable or {}).keys() - reachable.keys()
+        ready = self._board.snapshot(self._clock()).ready(self._dispatcher.knobs.stale_after_s)
+        for _ in gone & {haproxy_view.server_name(replica.replica_id) for replica in ready}:
+            self._counters.count_ejection("unreachable")
+        self._reachable = reachable
+
+
+_GONE: Answer = (503, b'{"detail":"the client has gone"}')
+_STOPPING = reject(503, "stopping", 1.0)
+_TOO_LATE_FOR_CLIENT = reject(504, "client_timeout", 1.0)
 
 
 def _most_likely_to_answer(replica: ReplicaReading) -> tuple[bool, float]:
@@ -327,9 +395,12 @@ def _probe(slot: int, snapshot: Snapshot) -> Answer:
     return 503, b'{"detail":"no ready replica in that slot"}'
 
 
-def _ticket(policy: str, decision: Decision, row: int, cost: RequestCost) -> Ticket:
+def _ticket(policy: str, decision: Decision, row: int, cost: RequestCost, waited_s: float) -> Ticket:
     output = cost.output_tokens * cost.sequences
-    return Ticket(policy, decision.reason, row, cost.tokens, output_tokens=output, sequences=cost.sequences)
+    return Ticket(
+        policy, decision.reason, row, cost.tokens, output_tokens=output, sequences=cost.sequences, slot=decision.slot,
+        waited_s=waited_s,
+    )  # fmt: skip
 
 
 def _name(

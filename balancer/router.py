@@ -9,6 +9,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from balancer.board import Board
+from balancer.health import Health
 from balancer.on_the_way import OnTheWay
 from balancer.policies import Knobs, decide, make_policy
 from balancer.readings import NO_SLOT, RequestCost, Snapshot, Verdict
@@ -25,6 +26,7 @@ class BoardRouter(RequestRouter):  # type: ignore[misc]  # Ray's annotations are
         self._path = Path(board_path)
         self._knobs = Knobs(**knobs)
         self._policy = make_policy(self._knobs)
+        self._health = Health(self._knobs)
         self._board: Board | None = None
 
     async def choose_replicas(
@@ -53,4 +55,4 @@ class BoardRouter(RequestRouter):  # type: ignore[misc]  # Ray's annotations are
         if self._on_the_way.reconcile(snapshot):
             snapshot = self._board.snapshot(snapshot.now_s)
         replicas = tuple(r for r in snapshot.replicas if r.replica_id in known)
-        return Snapshot(snapshot.now_s, replicas, snapshot.gpus, snapshot.torn_slots)
+        return self._health.look(Snapshot(snapshot.now_s, replicas, snapshot.gpus, snapshot.torn_slots))

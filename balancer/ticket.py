@@ -6,7 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from balancer.board import ROUTER_ROWS
+from balancer.board import REPLICA_SLOTS, ROUTER_ROWS
+from balancer.readings import NO_SLOT
 
 # HAProxy removes every client header with the prefix `x-serve-router-` before it asks the router.
 HEADER = "x-serve-router-splitwiser"
@@ -24,6 +25,7 @@ class Ticket:
 
     `tokens` are prompt and output together, `output_tokens` (all sequences) the part still to be made. `sequences`
     are the places it takes in an engine's batch; 0 for what this replica only manages and no engine of it serves.
+    `slot` is the replica that was chosen, `waited_s` what the request has spent in the queue.
     """
 
     policy: str
@@ -35,21 +37,29 @@ class Ticket:
     probe: bool = False
     output_tokens: int = 0
     sequences: int = 1
+    slot: int = NO_SLOT
+    waited_s: float = 0.0
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router wrote it, for a request that entered there."""
+        return self.slot != NO_SLOT
 
     def encode(self) -> str:
         """No quotes, no braces: HAProxy's Lua reads the router's answer with a pattern, not a JSON parser."""
         numbers = (
             f"{self.row} {self.tokens} {self.status} {self.retry_after_s:.3f} {int(self.probe)} {self.output_tokens}"
-            f" {self.sequences}"
+            f" {self.sequences} {self.slot} {self.waited_s:.3f}"
         )
         return f"{_word(self.policy)} {_word(self.reason)} {numbers}"
 
     @staticmethod
     def decode(text: str) -> Ticket:
         """Raises ValueError when it is no ticket, or none that a router writes: clients can forge it."""
-        policy, reason, row, tokens, status, retry_after_s, probe, output, sequences = text.split(" ")
+        policy, reason, row, tokens, status, retry_after_s, probe, output, sequences, slot, waited_s = text.split(" ")
         numbers = int(row), int(tokens), int(status), float(retry_after_s)
-        ticket = Ticket(policy, reason, *numbers, probe == "1", int(output), int(sequences))
+        places = int(sequences), int(slot), float(waited_s)
+        ticket = Ticket(policy, reason, *numbers, probe == "1", int(output), *places)
         if not ticket._possible():
             raise ValueError(f"{text!r} is not a router's ticket")
         return ticket
@@ -61,6 +71,8 @@ class Ticket:
             and (self.status == 200 or 400 <= self.status < 600)
             and math.isfinite(self.retry_after_s)
             and 0 <= self.sequences <= _MOST_SEQUENCES
+            and NO_SLOT <= self.slot < REPLICA_SLOTS
+            and 0.0 <= self.waited_s < math.inf
         )
 
 

@@ -98,7 +98,7 @@ def _replicas(replica: type, config: ServeArgs, on: str, haproxy: bool, board: s
         name="Replica",
         num_replicas=config.total_replicas,
         max_ongoing_requests=_UNLIMITED,
-        **_STOPPING,
+        **_STOPPING | {"graceful_shutdown_timeout_s": config.drain_s + _STOPPING["graceful_shutdown_timeout_s"]},
         health_check_period_s=_HEALTH_EVERY_S,
         max_constructor_retry_count=_RETRIES_OF_REPLICAS,
         ray_actor_options={

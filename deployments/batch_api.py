@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from deployments.batch_lines import ENDPOINTS, MOST_FILE_BYTES
 from deployments.batch_store import BatchStore, StoreError
-from deployments.middleware import Message, Receive
+from deployments.passage import Message, Receive
 
 # The form around the file: boundaries, headers and the other fields.
 _FORM_BYTES = 64 << 10

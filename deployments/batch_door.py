@@ -22,7 +22,8 @@ from balancer.merge import Identity, MergeError
 from balancer.ticket import Ticket
 from deployments.batch_output import PASSING, AskWhole, Output, PartLost, StreamOutput, WholeOutput, reason_of
 from deployments.batch_way import Place, RouterGoneError, Way, header, router_address
-from deployments.middleware import App, Message, Receive, Scope, Send, _answer, _refusal
+from deployments.middleware import refusal_of
+from deployments.passage import App, Message, Receive, Scope, Send, answer
 
 _CHECK_PATH = "/v1/completions/render"
 # The router holds a part for up to its queue deadline; a batch that nobody wants so often in a row is given up.
@@ -82,7 +83,7 @@ class BatchDoor:
             else:
                 await self._app(scope, _again(body, receive), send)
         except BatchRefusedError as refused:
-            await _answer(send, *_refusal(refused.ticket))
+            await answer(send, *refusal_of(refused.ticket))
         except BatchFailedError as failed:
             await output.fail(str(failed))
         except ClientGone:

@@ -11,7 +11,7 @@ import aiohttp
 from balancer.batches import Batch, Part
 from balancer.cost import parse
 from balancer.merge import Identity, MergedStream, MergeError, PartStream, merge_answers
-from deployments.middleware import Send, _answer
+from deployments.passage import Send, answer
 
 # Not about the request itself, though 4xx: it may go better elsewhere or later.
 PASSING = (408, 425, 429)
@@ -62,10 +62,10 @@ class WholeOutput:
 
     async def end(self, parts: int) -> None:
         body = merge_answers(self._answers, self._n, self._identity)
-        await _answer(self._send, 200, body, [(b"x-splitwiser-parts", str(parts).encode())])
+        await answer(self._send, 200, json.dumps(body).encode(), ((b"x-splitwiser-parts", str(parts).encode()),))
 
     async def fail(self, reason: str) -> None:
-        await _answer(self._send, 500, _failure(reason), [])
+        await answer(self._send, 500, json.dumps(_failure(reason)).encode())
 
 
 class StreamOutput:
@@ -103,7 +103,7 @@ class StreamOutput:
     async def fail(self, reason: str) -> None:
         """An error event and no [DONE]; before the first byte an ordinary error."""
         if not self.begun:
-            await _answer(self._send, 500, _failure(reason), [])
+            await answer(self._send, 500, json.dumps(_failure(reason)).encode())
             return
         await self._write(b"data: " + json.dumps(_failure(reason)).encode() + b"\n\n")
         await self._send({"type": "http.response.body", "body": b""})

@@ -14,7 +14,7 @@ import aiohttp
 from balancer import hint
 from balancer.batches import COMPLETIONS
 from balancer.ticket import HEADER, ROUTER_HEADER, Ticket
-from deployments.middleware import Scope
+from deployments.passage import Scope
 
 _CONNECT_S = 5.0
 # What a part takes along of its batch's headers. Not the session: it would bring every part to the same replica.

@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from balancer.board import GPU_RECORDS, REPLICA_SLOTS
 from balancer.policies import POLICIES, Knobs
+from deployments.limits import Limits
 
-IMPORT_PATHS = ("deployments.app:build", "benchmarks.echo_app:build")
+IMPORT_PATHS = ("deployments.app:build", "benchmarks.echo_app:build", "benchmarks.stand_in_app:build")
 
 # Engine arguments that the system itself sets; the second string says where the user's wish belongs.
 OWNED_ENGINE_ARGUMENTS = {
@@ -113,6 +114,7 @@ class KnobBounds(_Bounds):
     """The balancer's knobs; their types and defaults stand in `balancer.knobs`."""
 
     stale_after_s: float | None = Field(None, gt=0)
+    stalled_after_s: float | None = Field(None, gt=0)
     seed: int | None = None
     queue_limit: int | None = Field(None, ge=0)
     queue_deadline_s: float | None = Field(None, ge=0)
@@ -185,6 +187,19 @@ class BatchesConfig(_Strict):
         return self.threshold if self.enabled else 0
 
 
+class LimitsConfig(_Strict):
+    """How long each part may take, in seconds. `queue_s` is another name of `balancer.queue_deadline_s`."""
+
+    queue_s: float | None = Field(None, gt=0, strict=True)
+    connect_s: int = Field(5, ge=1, le=60)
+    first_token_s: float = Field(Limits().first_token_s, gt=0)
+    between_tokens_s: float = Field(Limits().between_tokens_s, gt=0)
+    total_s: float = Field(Limits().total_s, gt=0)
+
+    def of_answers(self) -> Limits:
+        return Limits(self.first_token_s, self.between_tokens_s, self.total_s)
+
+
 class BalancerConfig(_Strict):
     """The policy and its knobs; unknown knobs are refused against `balancer.policies.Knobs`."""
 
@@ -235,13 +250,15 @@ class ServeArgs(_Strict):
     mps_limits: MpsLimitsConfig = MpsLimitsConfig()
     start: Literal["auto", "together", "first_alone"] = "auto"
     cpu_pinning: Literal["auto", "off"] = "auto"
-    drain_s: float = Field(60.0, ge=0)
     restarts: RestartsConfig = RestartsConfig()
     engine: dict[str, Any] = Field(default_factory=dict)
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     access: AccessConfig = AccessConfig()
     batches: BatchesConfig = BatchesConfig()
+    limits: LimitsConfig = LimitsConfig()
+    # How long what runs may go on after Ctrl-C, and in a replica that is restarted or replaced.
+    drain_s: float = Field(10.0, ge=0, le=3600)
 
     @field_validator("mps", "cpu_pinning", mode="before")
     @classmethod
@@ -267,10 +284,20 @@ class ServeArgs(_Strict):
 def parse_args(raw: dict[str, Any]) -> ServeArgs:
     """Check the application's arguments. Raises ConfigError."""
     args = _validated(ServeArgs, raw, "args")
+    args = args.model_copy(update={"balancer": _with_queue_limit(args)})
     _check_knobs(args.balancer)
     _check_engine(args.engine)
     numbers = _validated(EngineBounds, args.engine, "engine").model_dump(exclude_none=True)
     return args.model_copy(update={"engine": {**args.engine, **numbers}})
+
+
+def _with_queue_limit(args: ServeArgs) -> BalancerConfig:
+    wished = args.limits.queue_s
+    if wished is None:
+        return args.balancer
+    if "queue_deadline_s" in (args.balancer.model_extra or {}):
+        raise ConfigError("`limits.queue_s` and `balancer.queue_deadline_s` are the same limit; set one of them")
+    return BalancerConfig(**{**args.balancer.model_dump(), "queue_deadline_s": wished})
 
 
 def live_knobs(at_start: dict[str, Any], changed: dict[str, Any]) -> Knobs:
@@ -325,6 +352,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "balancer": BalancerConfig,
     "monitoring": MonitoringConfig,
     "access": AccessConfig,
+    "limits": LimitsConfig,
     "mps_limits": MpsLimitsConfig,
     "restarts": RestartsConfig,
     "batches": BatchesConfig,

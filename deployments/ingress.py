@@ -26,6 +26,14 @@ _SERVES_OWN = ("/-/healthz", "/-/routes")
 _REQUEST_ID = "^[A-Za-z0-9._:-]{1,128}$"
 # One entry for each key that was shown lately; the least used is forgotten first.
 _KEYS_TABLE = "backend splitwiser_keys\n    stick-table type string len 64 size 64k expire 10m store http_req_cnt\n"
+# What Serve turns into a bare 500 each; said as the rest of the system says it.
+_SERVER_ERRORS = {
+    502: ("Bad Gateway", "replica_died", "the replica broke off before it answered; send the request again"),
+    503: ("Service Unavailable", "replica_unreachable", "no replica can be reached now; try again later"),
+    504: ("Gateway Timeout", "replica_silent", "the replica did not answer within the server's limit"),
+}
+_NO_ROUTER = (503, "the router cannot be asked now; try again later", "router_unreachable")
+_RETRY_AFTER_S = 1
 # What HAProxy says itself, instead of its pages; 2.8 uses its own nevertheless for what it cannot parse at all (#3032).
 _OWN_ERRORS = {
     400: ("Bad Request", "bad_http", "this is not a valid HTTP request"),
@@ -53,6 +61,9 @@ def write_stand_in(
     plan.write_text(json.dumps(edits(folder, entrance, host, loopback_ports)))
     for status, words in _OWN_ERRORS.items():
         (folder / f"{status}.http").write_text(_page(status, *words), newline="")
+    for status, words in _SERVER_ERRORS.items():
+        (folder / f"{status}.http").write_text(_page(status, *words, f"retry-after: {_RETRY_AFTER_S}\r\n"), newline="")
+    (folder / "no-router.json").write_text(json.dumps(errors.body(*_NO_ROUTER)))
     command = [sys.executable, "-I", "-S", haproxy_edit.__file__, str(plan), binary]
     script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     script.chmod(0o700)
@@ -72,6 +83,12 @@ def edits(folder: Path, entrance: Entrance, host: str, loopback_ports: Sequence[
             r"^(frontend http_frontend\n *bind) \S*:(\d+)\n",
             rf"\1 {host}:\2" + _literal("\n" + rules),
             1,
+        ),
+        (r"^( *errorfile) (502|503|504) .*", rf"\1 \2 {folder}/\2.http", 0),
+        (
+            r'(http-request return status 503) content-type text/plain lf-string "Ingress request router[^"]*"',
+            rf"\1 content-type application/json file {folder}/no-router.json hdr Retry-After {_RETRY_AFTER_S}",
+            0,
         ),
         (r"wait-for-body time \d+s ", f"wait-for-body time {_ms(entrance.body_s)} ", 0),
         (r"\Z", _literal(_KEYS_TABLE), 1),
@@ -96,6 +113,10 @@ def frontend_rules(entrance: Entrance) -> list[str]:
                 f"splitwiser_file {{ req.body_size gt {entrance.file_bytes} }}"),
         "http-request del-header x-request-id if { req.hdr_cnt(x-request-id) gt 1 }",
         f"http-request del-header x-request-id if !{{ req.fhdr(x-request-id) -m reg {_REQUEST_ID} }}",
+        "http-request set-header x-request-id %[uuid()] if !{ req.hdr(x-request-id) -m found }",
+        # Every answer carries its request's id, whoever gives it.
+        "http-request set-var(txn.request_id) req.fhdr(x-request-id)",
+        "http-after-response set-header x-request-id %[var(txn.request_id)] if { var(txn.request_id) -m found }",
         "http-request track-sc0 req.fhdr(authorization),sha2(256),hex table splitwiser_keys",
         "http-request track-sc0 req.fhdr(x-api-key),sha2(256),hex table splitwiser_keys"
         " if !{ req.hdr(authorization) -m found }",
@@ -108,9 +129,9 @@ def _refuse(status: int, code: str | None, message: str, condition: str) -> str:
     return f"http-request return status {status} content-type application/json string '{text}' if {condition}"
 
 
-def _page(status: int, phrase: str, code: str, message: str) -> str:
+def _page(status: int, phrase: str, code: str, message: str, more: str = "") -> str:
     text = json.dumps(errors.body(status, message, code))
-    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n"
+    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n{more}"
     return f"{head}connection: close\r\n\r\n{text}"
 
 

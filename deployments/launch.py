@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +29,19 @@ from balancer import hint
 from balancer.board import Board, BoardError, Owner, board_path
 from balancer.key_file import INTERNAL_VARIABLE
 from balancer.readings import ReplicaState
-from deployments import device, entrance, gpu_setup, ingress, live, notices, privacy, processes
-from deployments.config import ConfigError, ServeArgs, load
+from deployments import device, drain, entrance, gpu_setup, ingress, live, notices, privacy, processes
+from deployments.config import ConfigError, LimitsConfig, ServeArgs, load
 from deployments.processes import RUN_VARIABLE, URL_VARIABLE, runs_folder
 from deployments.routes import PROBE_PATH
 from deployments.targets import Targets
 from monitoring import discovery
 
-# Ctrl-C must be over in 15 s: `serve run` gets the first part to end in order, the rest is for what it leaves.
+# Once what runs has ended, or `drain_s` has, Ctrl-C must be over in 15 s: `serve run` gets the first part to end in
+# order, the rest is for what it leaves.
 _ORDERLY_S = 11.0
 _INSIST_AFTER_S = 1.0
 _ROUTER_TIMEOUT_S = 120
+_MARGIN_S = 5
 _ROUTER_BODY_BYTES = 1 << 20
 _PROBE_EVERY_S = 0.5
 _SESSION_FILE = "session"
@@ -82,7 +85,7 @@ class Run:
         return board_path(self.run_id)
 
 
-def environment(run: Run) -> dict[str, str]:
+def environment(run: Run, limits: LimitsConfig = LimitsConfig()) -> dict[str, str]:  # noqa: B008 - it is frozen
     """What Ray Serve and vLLM read from the environment, on top of the caller's own, which wins where it may."""
     needed = {
         RUN_VARIABLE: run.run_id,
@@ -97,6 +100,17 @@ def environment(run: Run) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(run.folder / "haproxy"),
         # vLLM's sockets, which it puts into /tmp and does not take away.
         "VLLM_RPC_BASE_PATH": str(run.folder),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": str(limits.connect_s),
+        # The replicas hold to the limits themselves; this one is for a replica that cannot.
+        "RAY_SERVE_HAPROXY_INGRESS_TIMEOUT_SERVER_S": str(math.ceil(limits.total_s) + _MARGIN_S),
+        # Each change of a replica replaces HAProxy, and the one replaced lives until its last stream has ended.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(limits.total_s) + _MARGIN_S),
+        # Ray keeps a port unused for as long as an old HAProxy may live, lest that sends strangers there; here replicas
+        # recognise what was not meant for them.
+        "RAY_SERVE_PORT_QUARANTINE_S": "150",
+        # One more attempt, at another replica, and only where nothing had been sent to the first.
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure",
         # The one header that HAProxy's router script forwards; see `balancer.hint`.
         "RAY_SERVE_SESSION_ID_HEADER_KEY": hint.SESSION if run.plain else hint.HEADER,
     }
@@ -106,8 +120,11 @@ def environment(run: Run) -> dict[str, str]:
         # Only the head of a long body is needed to estimate its cost, and HAProxy reserves this twice a connection.
         "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(_ROUTER_BODY_BYTES),
         "RAY_SERVE_INGRESS_REQUEST_ROUTER_METRICS_ENABLED": "1",
-        # Ray holds a stopping replica open for 30 s by default, longer than its own shutdown waits for it.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # A replica that Serve replaces stays reachable until HAProxy and the router have left it out: they take half a
+        # second each. Ray's default of 30 s is longer than its own shutdown waits for it.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1.5",
+        # HAProxy's death shows in its manager's health alone, three times in a row: half a minute by default.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # Ray starts its workers at niceness 15 by default: engines would yield to everything else on the machine.
         "RAY_worker_niceness": "0",
         **privacy.LOOPBACK_ONLY,
@@ -210,7 +227,7 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     # Its own session: Ctrl-C reaches this process only, which then ends the rest in order.
     child = subprocess.Popen(
         command,
-        env=environment(run),
+        env=environment(run, args.limits),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -236,11 +253,26 @@ def _supervise(config_path: Path, args: ServeArgs, run: Run, interrupted: list[i
     if not interrupted and not why:
         _say(f"`serve run` ended by itself with status {child.returncode}; its messages above say why")
         return child.returncode or 1
-    _say(f"stopping because {why}" if why else "stopping")
-    child.send_signal(signal.SIGINT)
-    if not _left_the_board(run, child):
-        _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
+    _stop(run, args.drain_s, child, interrupted, why)
     return 1 if why else 0
+
+
+def _stop(run: Run, drain_s: float, child: subprocess.Popen[bytes], interrupted: list[int], why: str) -> None:
+    """In order: nothing new, then what runs, then the processes. A second signal skips whatever is left of that."""
+
+    def hurry() -> bool:
+        return len(interrupted) > 1 or child.poll() is not None
+
+    if why:
+        _say(f"stopping because {why}")
+    elif drain.busy(run.board):
+        _say(f"stopping: what runs may go on for {drain_s:g} s; Ctrl-C again ends it now")
+    else:
+        _say("stopping")
+    drain.drain(run.board, drain_s, hurry)
+    child.send_signal(signal.SIGINT)
+    if not _left_the_board(run, hurry):
+        _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
 
 
 def _show(output: IO[bytes]) -> None:
@@ -265,11 +297,11 @@ def _port(variable: str) -> int:
     return int(os.environ.get(variable, _RAY_PORTS[variable]))
 
 
-def _left_the_board(run: Run, child: subprocess.Popen[bytes]) -> bool:
+def _left_the_board(run: Run, hurry: Callable[[], bool]) -> bool:
     """Wait until the last replica is gone, which takes the board's file along. Ray's own end would take 5 s more."""
     deadline_s = time.monotonic() + _ORDERLY_S
     while time.monotonic() < deadline_s:
-        if child.poll() is not None or not run.board.exists():
+        if hurry() or not run.board.exists():
             return True
         time.sleep(0.1)
     return False
@@ -343,7 +375,8 @@ def _private_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of being ended by them; a second one changes nothing: the end is bounded."""
+    """Collect SIGINT and SIGTERM instead of being ended by them: the first asks for an end in order, the second for one
+    at once."""
     received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     old: dict[int, Any] = {n: signal.signal(n, lambda number, _frame: received.append(number)) for n in numbers}

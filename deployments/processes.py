@@ -26,6 +26,7 @@ ENGINE_VARIABLE = "SPLITWISER_ENGINE"
 # Set where an engine shall know the loader of shared weights: it imports parts of vLLM, which take a second.
 WEIGHTS_VARIABLE = "SPLITWISER_WEIGHTS"
 _ENGINE_GRACE_S = 3.0
+_TRACKER_S = 3.0
 
 
 def new_run_id() -> str:
@@ -70,7 +71,11 @@ def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.P
         left = of_run(run_id, session)
         if not left:
             return []
-        end(left, grace_s)
+        # Trackers end by themselves after their last owner, and remove the shared memory that it left.
+        trackers = [process for process in left if _is_resource_tracker(process)]
+        end([process for process in left if process not in trackers], grace_s)
+        _, stubborn = psutil.wait_procs(trackers, timeout=_TRACKER_S)
+        end(stubborn, 0.0)
     return of_run(run_id, session)
 
 

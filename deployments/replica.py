@@ -72,7 +72,9 @@ class Replica:
         app = await engine.build_openai_app(self._engine, namespace)
         self._batches = Batches(app, self._args, self._slot)
         policy, tag = self._args.balancer.policy, self._context.replica_tag
-        self._door = Door(app, self._slot, tag, policy, tickets_required=self._haproxy, managed=self._batches.door)
+        self._door = Door(
+            app, self._slot, tag, policy, self._haproxy, self._batches.door, self._args.limits.of_answers()
+        )
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
         self._tasks.append(asyncio.create_task(self._watch()))

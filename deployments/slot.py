@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from balancer import stopping
 from balancer.board import Board, SlotFields, SlotWriter
 from balancer.kv_peak import expected_remaining, peak_tokens
-from balancer.readings import ReplicaState, Snapshot
+from balancer.ledger import End, Page
+from balancer.readings import NO_SLOT, ReplicaState, Snapshot
 from balancer.ticket import Ticket
 
 # Also how old the expected peak of the KV cache may be; a beat costs about 0.1 ms with a full batch.
@@ -28,8 +30,11 @@ class Slot:
         self._clock = clock
         self._board = Board.open(path)
         self._writer: SlotWriter = self._board.claim_slot(replica_id)
-        self._last_step_s: float | None = None
-        self._steps = 0
+        self._page = Page.of_replica(path)
+        self._step_began_s: float | None = None
+        self._overdue: list[Callable[[], None]] = []
+        self._ends_at_s: float | None = None
+        self.last_step_s = clock()
         self._requests: dict[int, tuple[Ticket, int]] = {}
         self._numbers = itertools.count()
         self.fields.gpu = gpu
@@ -61,18 +66,35 @@ class Slot:
         self.fields.in_flight_tokens += ticket.tokens
         self.fields.kv_tokens_peak += ticket.tokens + ticket.sequences * self._rounding
         number = next(self._numbers)
-        self._requests[number] = ticket, self._steps
-        if ticket.row >= 0:
+        self._requests[number] = ticket, self.fields.engine_steps_total
+        if self.is_foreign(ticket):
+            self._page.redirected()
+        elif ticket.row >= 0:
             self._writer.received_by_router[ticket.row] += 1
+        if not ticket.probe:
+            self._page.enter(direct=not ticket.routed)
         self.publish()
         return number
 
-    def finished(self, number: int) -> None:
-        """A request has been answered, refused or abandoned: every `received` is followed by exactly one of these."""
+    def finished(self, number: int, end: End = End.COMPLETED, engine_failed: bool = False) -> None:
+        """A request has been answered, refused or abandoned: every `received` is followed by exactly one of these.
+
+        A client error says nothing about the engine; neither does what a probe was told.
+        """
         ticket, _ = self._requests.pop(number)
-        self.fields.finished_total += 1
-        self.fields.in_flight_requests -= ticket.sequences
-        self.fields.in_flight_tokens -= ticket.tokens
+        fields = self.fields
+        fields.finished_total += 1
+        fields.in_flight_requests -= ticket.sequences
+        fields.in_flight_tokens -= ticket.tokens
+        if engine_failed:
+            fields.server_errors_total += 1
+            fields.server_errors_in_a_row += 1
+        elif end is End.COMPLETED and not ticket.probe:
+            fields.server_errors_in_a_row = 0
+        if not ticket.probe:
+            self._page.end(end)
+        if not self._requests:
+            self._engine_is_empty()
         self.publish()
 
     def answered(self, ticket: Ticket, output_tokens: int) -> None:
@@ -80,6 +102,28 @@ class Slot:
         self.fields.predicted_tokens_total += ticket.output_tokens
         self.fields.answered_tokens_total += output_tokens
         self.fields.estimate_error_tokens_total += abs(ticket.output_tokens - output_tokens)
+
+    def turned_away(self) -> None:
+        """A request without a ticket was refused."""
+        self._page.enter(direct=True)
+        self._page.end(End.REJECTED)
+
+    def is_foreign(self, ticket: Ticket) -> bool:
+        """Whether the router chose another replica, to which HAProxy could not connect."""
+        return ticket.slot not in (NO_SLOT, self.index)
+
+    def await_engine(self, requests: int) -> None:
+        """So many more (or fewer) requests wait for the engine's next word; the next heartbeat tells."""
+        self.fields.awaiting_requests += requests
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the whole system is about to stop (at most a heartbeat old)."""
+        return self._ends_at_s is not None
+
+    def on_overdue(self, call: Callable[[], None]) -> None:
+        """Have `call` called when the system stops and the grace period is over."""
+        self._overdue.append(call)
 
     def engine_ready(self, blocks: int, block_tokens: int, max_running_requests: int) -> None:
         """What the engine found room for."""
@@ -91,7 +135,7 @@ class Slot:
     def forget_warm_up(self) -> None:
         """Start counting at the first real request."""
         fields = self.fields
-        fields.step_time_s, self._last_step_s = 0.0, None
+        fields.step_time_s, self._step_began_s = 0.0, None
         fields.prompt_tokens_total = fields.output_tokens_total = fields.preemptions_total = 0
 
     def step(self, running: int, waiting: int, kv_ratio: float, prompt: int, output: int, preempted: int) -> None:
@@ -104,7 +148,7 @@ class Slot:
         fields.output_tokens_total += output
         fields.preemptions_total += preempted
         self._measure_step(busy=running > 0)
-        self._steps += 1
+        fields.engine_steps_total += 1
         self.publish()
 
     async def beat(self) -> None:
@@ -116,12 +160,24 @@ class Slot:
             growths = itertools.chain.from_iterable(map(self._growth, self._requests.values()))
             self.fields.kv_tokens_peak = peak_tokens(growths)
             self.publish()
+            self._look_for_the_end()
+
+    def _look_for_the_end(self) -> None:
+        self._ends_at_s = stopping.asked(self._path)
+        if self._ends_at_s is not None and self._clock() >= self._ends_at_s:
+            for call in self._overdue:
+                call()
+
+    def _engine_is_empty(self) -> None:
+        """An engine whose last request was aborted makes no further step that would tell."""
+        fields = self.fields
+        fields.running_requests = fields.waiting_requests = fields.kv_blocks_used = 0
 
     def _growth(self, request: tuple[Ticket, int]) -> list[tuple[int, int]]:
         """Tokens that each sequence of a request will still make, and holds now: it makes one at each engine step since
         it came. Sequences share the prompt, or have one each: either way each holds its part of `tokens`."""
         ticket, came = request
-        made, sequences = self._steps - came, max(1, ticket.sequences)
+        made, sequences = self.fields.engine_steps_total - came, max(1, ticket.sequences)
         output, prompt = ticket.output_tokens // sequences, (ticket.tokens - ticket.output_tokens) // sequences
         return [(expected_remaining(output, made), prompt + made + self._rounding)] * sequences
 
@@ -133,14 +189,15 @@ class Slot:
     def close(self) -> None:
         self._writer.release()
         self._board.leave()
+        self._page.leave()
 
     def _measure_step(self, busy: bool) -> None:
-        now_s = self._clock()
-        if self._last_step_s is not None:
-            taken_s = now_s - self._last_step_s
+        now_s = self.last_step_s = self._clock()
+        if self._step_began_s is not None:
+            taken_s = now_s - self._step_began_s
             old_s = self.fields.step_time_s or taken_s
             self.fields.step_time_s = old_s + _STEP_SMOOTHING * (taken_s - old_s)
-        self._last_step_s = now_s if busy else None
+        self._step_began_s = now_s if busy else None
 
     def _move(self) -> None:
         board = Board.open(self._path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from balancer import ledger
 from balancer.board import REPLICA_SLOTS, Board
 from balancer.counters import CountersReader
 from balancer.readings import ReplicaReading, Snapshot
@@ -67,6 +68,7 @@ class Exporter:
                 snapshot is not None,
                 self._slots,
                 self._gpus,
+                ledger.read(self._path),
             )
 
     def scrape(self) -> bytes:

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from itertools import accumulate, repeat
 from operator import attrgetter
 
+from balancer import ledger
 from balancer.board import REPLICA_SLOTS
 from balancer.counters import CHOICES, EJECTIONS, REJECTIONS, Observed, RouterTotals
 from balancer.readings import GpuReading, ReplicaReading, Snapshot
@@ -49,6 +50,7 @@ class NodeView:
     board_up: bool = True
     slots: tuple[int, ...] = tuple(range(REPLICA_SLOTS))
     gpus: tuple[int, ...] = (0,)
+    ends: ledger.Totals = ledger.NOTHING
 
 
 @cache
@@ -81,6 +83,9 @@ def _families(view: NodeView) -> Iterator[Family]:
     yield from _node(view)
     yield from _gpus(view)
     yield from _replicas(view)
+    yield m.ENTERED, _NO_LABELS, (view.ends.entered,)
+    yield m.ENDED, _named(ledger.ENDS), view.ends.ends
+    yield m.RETRIED, _NO_LABELS, (view.ends.redirected,)
     yield from _routers(view.totals, view.slots)
 
 
@@ -178,7 +183,6 @@ def _routers(totals: RouterTotals, shown: Iterable[int]) -> Iterator[Family]:
     single = (
         (m.ROUTERS, totals.routers),
         (m.QUEUE, totals.queue_length),
-        (m.RETRIED, totals.retries),
         (m.LOST, totals.lost),
         (m.CANCELLED, totals.cancelled),
     )

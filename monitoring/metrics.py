@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from balancer.counters import CHOICES, EJECTIONS, REJECTIONS
+from balancer.ledger import ENDS
 from balancer.readings import GpuSource, ReplicaState
 
 PREFIX = "splitwiser_"
@@ -22,6 +23,7 @@ LABEL_VALUES: dict[str, frozenset[str]] = {
     "state": frozenset(STATES),
     "source": frozenset(SOURCES),
     "policy": frozenset(policy for policy, _ in CHOICES),
+    "end": frozenset(ENDS),
     "reason": frozenset(reason for _, reason in CHOICES) | frozenset(REJECTIONS) | frozenset(EJECTIONS),
 }
 
@@ -107,6 +109,9 @@ REPLICA_ANSWERED = _counter("replica_answered_tokens_total", "Output tokens that
 REPLICA_ERROR = _counter("replica_estimate_error_tokens_total", "Sum of the differences, without their signs", "slot")
 REPLICA_FINISHED = _counter("replica_finished_requests_total", "Requests answered, refused or abandoned", "slot")
 
+ENTERED = _counter("requests_entered_total", "Requests that came in, each counted once")
+ENDED = _counter("requests_ended_total", "Requests that ended, by how; those lost on their way end nowhere", "end")
+
 ROUTERS = _gauge("routers", "Living routers")
 DECISIONS = _counter("router_decisions_total", "Requests assigned to the slot", "slot", "policy", "reason")
 DECISION_TIME = _declare("router_decision_seconds", Kind.HISTOGRAM, "Time to decide about a request, waiting apart")
@@ -114,7 +119,7 @@ QUEUE = _gauge("router_queue_requests", "Requests that wait in the routers")
 QUEUE_WAIT = _declare("router_wait_seconds", Kind.HISTOGRAM, "Time in the queue, of requests that had to wait")
 REJECTED = _counter("router_rejections_total", "Requests turned away", "reason")
 EJECTED = _counter("router_ejections_total", "Times a replica stopped receiving work against its will", "reason")
-RETRIED = _counter("router_retries_total", "Requests decided once more because their replica did not take them")
+RETRIED = _counter("router_retries_total", "Requests that HAProxy took to another replica than the chosen one")
 LOST = _counter("router_lost_total", "Assigned requests that never arrived")
 CANCELLED = _counter("router_cancelled_total", "Requests whose client went away while they waited")
 

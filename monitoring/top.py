@@ -132,7 +132,6 @@ def _router_status(totals: RouterTotals) -> dict[str, Any]:
         },
         "rejections_total": dict(zip(REJECTIONS, totals.rejections, strict=True)),
         "ejections_total": dict(zip(EJECTIONS, totals.ejections, strict=True)),
-        "retries_total": totals.retries,
         "lost_total": totals.lost,
         "cancelled_total": totals.cancelled,
         "active_slots": sorted(totals.active),

@@ -15,6 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from balancer.counters import REJECTIONS
 from monitoring import dashboards, discovery, metrics
 from monitoring.discovery import ReplicaTarget
 from tests.monitoring import prometheus_checks as checks
@@ -286,7 +287,7 @@ def test_the_tiles_show_what_is_on_the_board(prometheus: str) -> None:
     assert checks.ask(prometheus, found["overview / Slowest replica / A"]) == [pytest.approx(0.0135)]
     assert checks.ask(prometheus, found["overview / GPU: nearest limit / A"]) == [pytest.approx(0.75)]
     refused = checks.ask(prometheus, found["overview / Refused in the last 5 minutes / A"])
-    assert len(refused) == 4
+    assert len(refused) == len(REJECTIONS)
     assert sum(value > 0 for value in refused) == 1
 
 

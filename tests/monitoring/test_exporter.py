@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from balancer import board as board_module
 from balancer.board import Board
 from balancer.counters import CHOICES, RouterCounters, counters_path
+from balancer.ledger import ENDS, End, Page
 from balancer.readings import GpuSource, ReplicaReading, ReplicaState, Snapshot
 from monitoring import metrics
 from monitoring.exporter import Exporter
@@ -160,7 +161,6 @@ def test_counters_equal_the_routers_ledger_to_the_unit(path: Path, exporter: Exp
     for router in routers:
         router.count_rejection("queue_deadline")
         router.count_ejection("stale")
-        router.count_retry()
         router.count_lost(2)
         router.count_cancelled()
         router.set_queue(3)
@@ -173,7 +173,6 @@ def test_counters_equal_the_routers_ledger_to_the_unit(path: Path, exporter: Exp
     assert value(found, "router_rejections_total", reason="queue_deadline") == 2
     assert value(found, "router_rejections_total", reason="queue_full") == 0
     assert value(found, "router_ejections_total", reason="stale") == 2
-    assert value(found, "router_retries_total") == 2
     assert value(found, "router_lost_total") == 4
     assert value(found, "router_cancelled_total") == 2
     assert value(found, "router_queue_requests") == 6
@@ -289,3 +288,19 @@ def test_a_replica_that_was_ready_when_first_seen_has_no_load_time() -> None:
     watch = LifeWatch()
     assert math.isnan(look(watch, 10.0, "one", ReplicaState.READY)[1])
     assert math.isnan(look(watch, 20.0, "one", ReplicaState.READY)[1])
+
+
+def test_how_requests_ended_is_exported(path: Path, exporter: Exporter) -> None:
+    """Every end from the first scrape on, and a request that another replica took counts as a retry."""
+    assert value(series(exporter.scrape()), "requests_entered_total") == 0
+    page = Page.of_replica(path)
+    for end in (End.COMPLETED, End.COMPLETED, End.CANCELLED, End.FAILED):
+        page.enter(direct=True)
+        page.end(end)
+    page.redirected()
+    found = series(exporter.scrape())
+    assert value(found, "requests_entered_total") == 4
+    counts = [value(found, "requests_ended_total", end=end) for end in ENDS]
+    assert counts == [2, 1, 0, 1]
+    assert value(found, "router_retries_total") == 1
+    page.leave()

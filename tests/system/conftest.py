@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -40,6 +41,7 @@ class System:
     process: subprocess.Popen[bytes]
     log: Path
     session: Owner | None = None
+    orphans_before: frozenset[str] = frozenset()
 
     @property
     def run_id(self) -> str:
@@ -125,7 +127,7 @@ def start(config: Path, port: int, log: Path, *flags: str) -> System:
     command = [sys.executable, "-m", "deployments.cli", "serve", str(config), *flags]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-    system = System(f"http://127.0.0.1:{port}", process, log)
+    system = System(f"http://127.0.0.1:{port}", process, log, orphans_before=orphans())
     deadline_s = time.monotonic() + START_LIMIT_S
     while "splitwiser: ready" not in log.read_text():
         assert process.poll() is None, f"it ended while starting: ...{log.read_text()[-4000:]}"
@@ -142,6 +144,16 @@ def belongings(system: System, run_id: str) -> list[psutil.Process]:
     return [p for p in processes.of_run(run_id, system.session) if p.pid != system.process.pid]
 
 
+def orphans() -> frozenset[str]:
+    """What Python's multiprocessing left in shared memory and no living process has mapped."""
+    names = {path.name for pattern in ("psm_*", "sem.mp-*") for path in Path("/dev/shm").glob(pattern)}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            text = maps.read_text()
+            names = {name for name in names if f"/dev/shm/{name}" not in text}
+    return frozenset(names)
+
+
 def stop(system: System) -> None:
     """Ctrl-C, and nothing is left: no process, no port, no shared memory, no folder."""
     run_id = system.run_id
@@ -150,6 +162,7 @@ def stop(system: System) -> None:
     assert not belongings(system, run_id)
     assert not board_path(run_id).exists()
     assert not (runs_folder() / run_id).exists()
+    assert not orphans() - system.orphans_before, "shared memory is left that nobody has mapped"
     host, port = system.url.removeprefix("http://").split(":")
     with socket.socket() as probe:
         assert probe.connect_ex((host, int(port))) != 0, "somebody still listens on the public port"
