@@ -1,9 +1,9 @@
-# make serve | monitoring | test | fuzz | audit | lint | simulate | bench-data-plane | setup | clean
+# make serve | monitoring | test | fuzz | audit | lint | bench | simulate | bench-data-plane | setup | clean
 CONFIG ?= serve_config.yaml
 FLAGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup serve monitoring test fuzz audit lint simulate bench-data-plane clean
+.PHONY: setup serve monitoring test fuzz audit lint bench simulate bench-data-plane clean
 
 setup:
 	@scripts/setup.sh
@@ -29,6 +29,9 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: setup
+	@exec .venv/bin/splitwiser bench $(FLAGS)
 
 simulate: setup
 	.venv/bin/python -m benchmarks.simulate --goals --out benchmarks/results/simulate

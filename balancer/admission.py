@@ -193,6 +193,11 @@ class Dispatcher:
         self.recent.extend(Record(snapshot.now_s, e.request_id, e.cost, choice, snapshot) for e, choice in decided)
         return [(entry.request_id, choice) for entry, choice in decided]
 
+    def expect(self, sequences: int, snapshot: Snapshot) -> None:
+        """So many sequences are about to be submitted, one part of a batch after the other: let the active set know."""
+        if self._simple is None:
+            self._aware.refresh(snapshot, len(self._room), arriving=sequences)
+
     def cancel(self, request_id: str) -> None:
         """Forget a queued request; one that does not wait (any more) is no error."""
         self._room.remove(request_id)

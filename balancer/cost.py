@@ -149,6 +149,7 @@ class CostEstimator:
         self._text_bytes = 0
         self._exact_tokens = 0
         self._estimated = 0
+        self._answers = 0
         self._seen: dict[tuple[int, str], tuple[int, int, int, int]] = {}
         self._pending = [0, 0, 0, 0]
 
@@ -170,6 +171,7 @@ class CostEstimator:
         self._caps.append(math.inf if cap is None else cap)
         tokens = prompt.tokens + math.ceil(prompt.text_bytes / self.bytes_per_token)
         answers = min(MOST_SEQUENCES, sequences * prompt.prompts)
+        self._answers += answers
         return RequestCost(
             max(1, min(tokens, MOST_TOKENS)), self._expected_output(cap), answers, prompt.fingerprint, session, priority
         )
@@ -196,13 +198,14 @@ class CostEstimator:
             self._pending = [0, 0, 0, 0]
 
     def _update(self, prompt_tokens: int, received: int, output_tokens: int, finished: int) -> None:
-        mean = output_tokens / finished
+        # Engines count requests; one of many prompts, or with `n`, has many answers.
+        mean = output_tokens / finished * (self._estimated / self._answers if self._answers else 1.0)
         self.mean_output = mean if self.mean_output is None else self.mean_output + BLEND * (mean - self.mean_output)
         if self._caps:
             self.cap = tempered_cap(self._caps, self.mean_output)
         if received and self._estimated and self._text_bytes:
             self._correct_ratio(prompt_tokens / received)
-        self._text_bytes = self._exact_tokens = self._estimated = 0
+        self._text_bytes = self._exact_tokens = self._estimated = self._answers = 0
 
     def _correct_ratio(self, mean_prompt_tokens: float) -> None:
         text_tokens = mean_prompt_tokens - self._exact_tokens / self._estimated

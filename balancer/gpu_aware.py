@@ -81,7 +81,8 @@ class GpuGroup:
         return max([v.requests for v in self.active], default=0), room
 
     def count(self, cost: RequestCost) -> None:
-        self.mean_tokens = max(1.0, self.mean_tokens + MEAN_BLEND * (cost.tokens - self.mean_tokens))
+        each = cost.tokens / max(1, cost.sequences)
+        self.mean_tokens = max(1.0, self.mean_tokens + MEAN_BLEND * (each - self.mean_tokens))
 
 
 class View:
@@ -110,7 +111,7 @@ class View:
         self.requests += cost.sequences
         self.group.requests += cost.sequences
         self.tokens += cost.tokens
-        self.prompts += 1
+        self.prompts += cost.sequences
         self._predict()
 
     def _predict(self) -> None:

@@ -15,8 +15,8 @@ def server_name(replica_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", replica_id.replace("#", "-").replace("/", "."))
 
 
-def servers_up(stat_csv: str) -> frozenset[str]:
-    """The servers that HAProxy's `show stat` reports as up or unchecked.
+def servers_up(stat_csv: str) -> dict[str, str]:
+    """The servers that HAProxy's `show stat` reports as up or unchecked, with their addresses (host:port).
 
     Raises ConnectionError when this is no such report: a HAProxy that is being replaced answers nothing.
     """
@@ -24,10 +24,10 @@ def servers_up(stat_csv: str) -> frozenset[str]:
         raise ConnectionError("no statistics came back")
     rows = csv.DictReader(stat_csv.lstrip("# ").splitlines())
     servers = (row for row in rows if row["svname"] not in ("FRONTEND", "BACKEND"))
-    return frozenset(row["svname"] for row in servers if (row["status"] or "")[:2] in ("UP", "no"))
+    return {row["svname"]: row.get("addr") or "" for row in servers if (row["status"] or "")[:2] in ("UP", "no")}
 
 
-async def ask(socket_path: Path) -> frozenset[str]:
+async def ask(socket_path: Path) -> dict[str, str]:
     """Ask the running HAProxy over its administration socket. Raises OSError (TimeoutError) when it does not answer."""
     async with asyncio.timeout(_REPLY_LIMIT_S):
         reader, writer = await asyncio.open_unix_connection(socket_path)

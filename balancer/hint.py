@@ -30,7 +30,9 @@ class Hint:
     """`priority` within +-MOST_PRIORITY, 0 being ordinary; `timeout_s` None when the client named none.
 
     `concurrent`: this client's requests at HAProxy now, this one included; 0 when it showed no key. `from_client`:
-    HAProxy composed this, so that a client stands behind it and not a part of the system.
+    HAProxy composed this, so that a client stands behind it and not a part of the system. `path` is where the request
+    goes, "" when HAProxy does not tell; `part` marks a part of a batch, which only replicas ask for, at the router's
+    own port.
     """
 
     session: str = ""
@@ -41,6 +43,8 @@ class Hint:
     api_key: str = ""
     concurrent: int = 0
     from_client: bool = field(default=False, compare=False)
+    path: str = ""
+    part: bool = False
 
     @staticmethod
     def decode(text: str) -> Hint:
@@ -54,7 +58,9 @@ class Hint:
             values.get("authorization", ""),
             values.get("api_key", ""),
             _count(values.get("concurrent", "")),
-            from_client=True,
+            from_client=values.get("part", "") != "1",
+            path=values.get("path", ""),
+            part=values.get("part", "") == "1",
         )
 
 
@@ -63,7 +69,8 @@ NO_HINT = Hint()
 
 def haproxy_rule() -> str:
     """The line of HAProxy's configuration that composes the header, where requests are tracked by their key."""
-    parts = [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
+    parts = ["path=%[path,url_enc]"]
+    parts += [f"{short}=%[req.hdr({header}),url_enc]" for short, header in CLIENT_HEADERS.items()]
     return f"http-request set-header {HEADER} {'&'.join([*parts, 'concurrent=%[sc_trackers(0)]'])}"
 
 

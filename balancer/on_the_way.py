@@ -12,6 +12,8 @@ from balancer.readings import ReplicaReading, Snapshot
 # client or its replica in between, and must not keep looking like work.
 LOST_AFTER_S = 5.0
 
+Weight = tuple[int, int]  # sequences, tokens
+
 
 class Row(Protocol):
     """The router's own row of the board."""
@@ -37,10 +39,10 @@ class OnTheWay:
         self._slots: dict[int, _Slot] = {}
         self.lost_total = 0
 
-    def assigned(self, replica: ReplicaReading, tokens: int, now_s: float) -> None:
-        """Note one assignment and publish it, so that every router sees it before the replica does."""
-        self._of(replica).pending.append((now_s, tokens))
-        self._row.add(replica.slot, 1, tokens)
+    def assigned(self, replica: ReplicaReading, tokens: int, now_s: float, sequences: int = 1) -> None:
+        """Note one assignment of so many sequences and publish it, so that every router sees it before the replica."""
+        self._of(replica).pending.append((now_s, sequences, tokens))
+        self._row.add(replica.slot, sequences, tokens)
         self._row.publish(now_s)
 
     def reconcile(self, snapshot: Snapshot) -> bool:
@@ -58,7 +60,7 @@ class OnTheWay:
             struck = state.all() if gone or replica is None else self._received(state, replica, snapshot.now_s)
             if struck:
                 changed = True
-                self._row.add(slot, -len(struck), -sum(struck))
+                self._row.add(slot, -sum(s for s, _ in struck), -sum(tokens for _, tokens in struck))
             if gone:
                 del self._slots[slot]
         if changed:
@@ -71,7 +73,7 @@ class OnTheWay:
             state = self._slots[replica.slot] = _Slot(replica.replica_id, self._count(replica))
         return state
 
-    def _received(self, state: _Slot, replica: ReplicaReading, now_s: float) -> list[int]:
+    def _received(self, state: _Slot, replica: ReplicaReading, now_s: float) -> list[Weight]:
         struck = state.arrive(self._count(replica))
         lost = state.lose(now_s - LOST_AFTER_S)
         self.lost_total += len(lost)
@@ -79,7 +81,7 @@ class OnTheWay:
 
 
 class _Slot:
-    """Assignments to one replica, oldest first. Counts are exact, tokens nearly so.
+    """Assignments to one replica, oldest first. Requests are counted exactly, sequences and tokens nearly so.
 
     An arrival strikes the newest: what stays the oldest for LOST_AFTER_S has been below all that arrived since, which
     is how the lost are told from the busy. Striking the oldest would keep a lost one's place taken for as long as
@@ -88,19 +90,19 @@ class _Slot:
 
     def __init__(self, replica_id: str, received: int) -> None:
         self.replica_id = replica_id
-        self.pending: deque[tuple[float, int]] = deque()
+        self.pending: deque[tuple[float, int, int]] = deque()
         self._received = received
 
-    def all(self) -> list[int]:
-        return [tokens for _, tokens in self.pending]
+    def all(self) -> list[Weight]:
+        return [(sequences, tokens) for _, sequences, tokens in self.pending]
 
-    def arrive(self, received: int) -> list[int]:
+    def arrive(self, received: int) -> list[Weight]:
         arrived = received - self._received
         self._received = received
-        return [self.pending.pop()[1] for _ in range(min(arrived, len(self.pending)))]
+        return [self.pending.pop()[1:] for _ in range(min(arrived, len(self.pending)))]
 
-    def lose(self, before_s: float) -> list[int]:
+    def lose(self, before_s: float) -> list[Weight]:
         lost = []
         while self.pending and self.pending[0][0] < before_s:
-            lost.append(self.pending.popleft()[1])
+            lost.append(self.pending.popleft()[1:])
         return lost

@@ -62,7 +62,8 @@ class ReplicaReading:
     """One replica's slot: what its engine reported at its last step, and what its HTTP side counts exactly.
 
     `in_flight_*` counts what the replica has accepted and not yet answered in full; `on_the_way_*` what routers
-    have assigned to it and it has not yet received. Token counts are the routers' own predictions (prompt plus
+    have assigned to it and it has not yet received; both in sequences, as an engine's batch does (a request for three
+    prompts with `n` 2 is six). Token counts are the routers' own predictions (prompt plus
     expected output), summed. Counters named `*_total` only grow during one life of the replica.
     `kv_tokens_peak` is the most KV tokens that the requests in flight are expected to hold at any one time
     (`balancer.kv_peak`, at most a heartbeat old, plus all of what was accepted since); 0 where it is not known.

@@ -13,23 +13,24 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from balancer import explain, haproxy_view
+from balancer import batches, explain, haproxy_view
 from balancer.access import ANYONE, Access, Key, presented, refusal_of_strangers
 from balancer.admission import Dispatcher
 from balancer.board import Board, BoardError, RowWriter
-from balancer.cost import CostEstimator
+from balancer.cost import BYTES_PER_TOKEN, CostEstimator
 from balancer.counters import RouterCounters
 from balancer.hint import HEADER as HINT_HEADER
 from balancer.hint import NO_HINT, SESSION, Hint
 from balancer.knobs import Knobs
 from balancer.on_the_way import OnTheWay
 from balancer.readings import Decision, ReplicaReading, ReplicaState, RequestCost, Snapshot, Verdict
-from balancer.ticket import HEADER, Ticket
+from balancer.selection import least
+from balancer.ticket import HEADER, ROUTER_HEADER, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +77,21 @@ class RouteService:
         clock: Callable[[], float],
         haproxy_socket: Path | None = None,
         access: Access | None = None,
+        split_from: int = 0,
     ) -> None:
         self._board_path = board_path
         self._clock = clock
         self._haproxy_socket = haproxy_socket
         self._access = access or Access(lambda: None, clock)
-        self._dispatcher = Dispatcher(knobs, random.Random(knobs.seed))
+        self._split_from = split_from
+        self._address = ""
+        self._rng = random.Random(knobs.seed)
+        self._dispatcher = Dispatcher(knobs, self._rng)
         self._estimator = CostEstimator(knobs)
         self._ids = map(str, itertools.count())
         self._waiting: dict[str, Waiter] = {}
         self._lost_counted = 0
-        self._reachable: frozenset[str] | None = None
+        self._reachable: Mapping[str, str] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._attach()
 
@@ -122,6 +127,7 @@ class RouteService:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "http" and scope["path"] == "/internal/route" and scope["method"] == "POST":
+            self._address = _own_address(scope)
             answer = self.route(await _body(receive), _hint(scope))
             await _reply(send, *(answer if isinstance(answer, tuple) else await self._until_decided(answer, receive)))
         elif scope["type"] == "http" and scope["path"] == "/internal/decisions" and scope["method"] == "GET":
@@ -141,7 +147,11 @@ class RouteService:
         key = self._holder(hint)
         if key is None:
             return self._refuse(refusal_of_strangers(), _NO_COST, snapshot, hint)
+        if not hint.part and (managed := self._managed(key, body, hint, snapshot)):
+            return managed
         cost, request_id = self._estimator.estimate(body, hint.session, hint.priority), next(self._ids)
+        if hint.part:
+            cost = replace(cost, prefix=0)  # the parts of a batch are to be spread, whatever they begin with
         if (refusal := self._access.admit(key, cost.tokens, hint.concurrent)) is not None:
             return self._refuse(refusal, cost, snapshot, hint)
         began_s = time.perf_counter()
@@ -165,6 +175,23 @@ class RouteService:
         self._count(decision, 0.0)
         self._publish_counts(snapshot.now_s)
         return self._answer(decision, cost, snapshot, hint)
+
+    def _managed(self, key: Key, body: bytes, hint: Hint, snapshot: Snapshot) -> Answer | None:
+        """The replica to manage a batch that will be split, or a file: the one that answers least. It costs nothing:
+        each part of a batch comes back here, and is weighed then. Its key is charged for the whole of it, by its size.
+        """
+        sequences = batches.sequences_announced(body, hint.path, self._split_from)
+        ready = snapshot.ready(self._dispatcher.knobs.stale_after_s)
+        if not ready or not (sequences or hint.path.startswith(batches.MANAGED)):
+            return None
+        tokens = int(len(body) / BYTES_PER_TOKEN) if sequences else 0
+        if (refusal := self._access.admit(key, tokens, hint.concurrent)) is not None:
+            return self._refuse(refusal, _NO_COST, snapshot, hint)
+        if sequences:
+            self._dispatcher.expect(sequences, snapshot)
+        ticket = Ticket(self._dispatcher.knobs.policy, "managed", sequences=0)
+        manager = least(ready, lambda replica: replica.assigned_requests, self._rng)
+        return _name(manager, ticket, {ROUTER_HEADER: self._address} if self._address else {})
 
     @property
     def waiting(self) -> int:
@@ -224,15 +251,18 @@ class RouteService:
             extra = {explain.HEADER: f"policy={policy} {explain.as_line(record)}"}
         if decision.verdict is Verdict.ASSIGN:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
-            self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s)
-            output = cost.output_tokens * cost.sequences
-            ticket = Ticket(policy, decision.reason, self._row.index, cost.tokens, output_tokens=output)
-            return _name(replica, ticket, extra)
+            self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s, cost.sequences)
+            ticket = _ticket(policy, decision, self._row.index, cost)
+            return _name(replica, ticket, extra, self._address_of(replica) if hint.part else "")
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
         if not snapshot.replicas:
             return 503, json.dumps({"detail": decision.reason}).encode()
         ticket = Ticket(policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s)
         return _name(max(snapshot.replicas, key=_most_likely_to_answer), ticket, extra)
+
+    def _address_of(self, replica: ReplicaReading) -> str:
+        """Where HAProxy sends what is for this replica; "" when that is not known (yet)."""
+        return (self._reachable or {}).get(haproxy_view.server_name(replica.replica_id), "")
 
     def _snapshot(self) -> Snapshot:
         """The board as it is now, without the replicas that HAProxy cannot reach."""
@@ -297,9 +327,23 @@ def _probe(slot: int, snapshot: Snapshot) -> Answer:
     return 503, b'{"detail":"no ready replica in that slot"}'
 
 
-def _name(replica: ReplicaReading, ticket: Ticket, extra: Mapping[str, str] = MappingProxyType({})) -> Answer:
+def _ticket(policy: str, decision: Decision, row: int, cost: RequestCost) -> Ticket:
+    output = cost.output_tokens * cost.sequences
+    return Ticket(policy, decision.reason, row, cost.tokens, output_tokens=output, sequences=cost.sequences)
+
+
+def _name(
+    replica: ReplicaReading, ticket: Ticket, extra: Mapping[str, str] = MappingProxyType({}), address: str = ""
+) -> Answer:
     headers = {HEADER: ticket.encode(), **extra}
-    return 200, json.dumps({"replica_id": replica.replica_id, "request_headers": headers}).encode()
+    named = {"replica_id": replica.replica_id, "request_headers": headers, **({"address": address} if address else {})}
+    return 200, json.dumps(named).encode()
+
+
+def _own_address(scope: Scope) -> str:
+    """Where this router was asked: the address of its own end of the connection, which no client can choose."""
+    host, port = scope.get("server") or ("", None)
+    return f"{host}:{port}" if port else ""
 
 
 def _hint(scope: Scope) -> Hint:

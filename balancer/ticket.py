@@ -10,8 +10,11 @@ from balancer.board import ROUTER_ROWS
 
 # HAProxy removes every client header with the prefix `x-serve-router-` before it asks the router.
 HEADER = "x-serve-router-splitwiser"
+# Beside the ticket of a batch: where its parts ask for a place (host:port).
+ROUTER_HEADER = "x-serve-router-address"
 NO_ROW = -1
 _MOST_TOKENS = 1 << 40
+_MOST_SEQUENCES = 1 << 16
 _NOT_A_WORD = re.compile(r"[^\w.:-]+", re.ASCII)
 
 
@@ -19,7 +22,8 @@ _NOT_A_WORD = re.compile(r"[^\w.:-]+", re.ASCII)
 class Ticket:
     """Policy that decided, its reason, the router's row on the board, predicted tokens; status 200 means serve it.
 
-    `tokens` are prompt and output together, `output_tokens` (all sequences) the part still to be made.
+    `tokens` are prompt and output together, `output_tokens` (all sequences) the part still to be made. `sequences`
+    are the places it takes in an engine's batch; 0 for what this replica only manages and no engine of it serves.
     """
 
     policy: str
@@ -30,20 +34,22 @@ class Ticket:
     retry_after_s: float = 0.0
     probe: bool = False
     output_tokens: int = 0
+    sequences: int = 1
 
     def encode(self) -> str:
         """No quotes, no braces: HAProxy's Lua reads the router's answer with a pattern, not a JSON parser."""
         numbers = (
             f"{self.row} {self.tokens} {self.status} {self.retry_after_s:.3f} {int(self.probe)} {self.output_tokens}"
+            f" {self.sequences}"
         )
         return f"{_word(self.policy)} {_word(self.reason)} {numbers}"
 
     @staticmethod
     def decode(text: str) -> Ticket:
         """Raises ValueError when it is no ticket, or none that a router writes: clients can forge it."""
-        policy, reason, row, tokens, status, retry_after_s, probe, output = text.split(" ")
+        policy, reason, row, tokens, status, retry_after_s, probe, output, sequences = text.split(" ")
         numbers = int(row), int(tokens), int(status), float(retry_after_s)
-        ticket = Ticket(policy, reason, *numbers, probe == "1", int(output))
+        ticket = Ticket(policy, reason, *numbers, probe == "1", int(output), int(sequences))
         if not ticket._possible():
             raise ValueError(f"{text!r} is not a router's ticket")
         return ticket
@@ -54,6 +60,7 @@ class Ticket:
             and 0 <= self.output_tokens <= self.tokens <= _MOST_TOKENS
             and (self.status == 200 or 400 <= self.status < 600)
             and math.isfinite(self.retry_after_s)
+            and 0 <= self.sequences <= _MOST_SEQUENCES
         )
 
 

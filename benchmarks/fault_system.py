@@ -65,14 +65,15 @@ class Setup:
         return int(self.args["engine"]["max_model_len"])
 
 
-def gpu_setup_of(replicas: int, graphs: bool, folder: Path, gpus: int = 1) -> Setup:
+def gpu_setup_of(replicas: int, graphs: bool, folder: Path, gpus: int = 1, weights: str = "auto") -> Setup:
     """OPT-125m's shape. Without CUDA graphs a start is shorter, and faults are the same."""
     engine = {**ENGINE, "kv_cache_memory_bytes": _KV_BYTES}
     if not graphs:
         engine = {**engine, "enforce_eager": True}
         del engine["compilation_config"]
     args = _args("serve_gpu.yaml") | {"model": str(shapes.make_folder("opt-125m", folder)), "served_model_name": "opt"}
-    return Setup(args | {"replicas": replicas, "gpus": gpus, "mps": "on", "engine": engine}, True, 48, 256, 128)
+    args |= {"replicas": replicas, "gpus": gpus, "mps": "on", "weights": weights, "engine": engine}
+    return Setup(args, True, 48, 256, 128)
 
 
 def cpu_setup_of(replicas: int) -> Setup:

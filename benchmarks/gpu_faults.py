@@ -303,13 +303,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--graphs", action="store_true", help="with CUDA graphs, as served in earnest; starts take longer"
     )
     parser.add_argument("--gpus", type=int, default=1, help="so many replicas on each of so many GPUs")
+    parser.add_argument("--weights", choices=("auto", "shared", "private"), default="auto")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args(arguments)
     stay = Stay(options.out, options.logs, options.seconds)
     make = (
         cpu_setup_of
         if options.cpu
-        else lambda replicas: gpu_setup_of(replicas, options.graphs, options.logs, options.gpus)
+        else lambda replicas: gpu_setup_of(replicas, options.graphs, options.logs, options.gpus, options.weights)
     )
     run(stay, make, options.replicas or (2 if options.cpu else 4), options.starts, options.parts)
     return 0

@@ -59,7 +59,7 @@ MAKER = (sys.executable, "-P", "-m", "benchmarks.gpu_weights", "--make")
 END_MARGIN_S = 25.0
 START_LIMIT_S = 170.0
 # On a CPU an engine is a core and a worker beside the process that drives it; one process starts sooner.
-_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 MIB = 1 << 20
 
@@ -259,6 +259,7 @@ class Fleet:
 
     def __init__(self, kind: str, model: str, arguments: Json, env: dict[str, str], folder: Path) -> None:
         self.kind = kind
+        # Those that are ready; one that is not takes no orders.
         self.members: list[Member] = []
         self._model, self._arguments, self._env, self._folder = model, arguments, env, folder
         self._all_started: list[Member] = []
@@ -271,10 +272,6 @@ class Fleet:
         member.engine.send({"model": self._model, "engine": self._arguments})
         self._all_started.append(member)
         return member
-
-    def wait(self, deadline_s: float) -> None:
-        for member in self.members:
-            member.wait(deadline_s)
 
     def answers(self, deadline_s: float) -> list[Json]:
         """Each engine's tokens for the same prompts, one at a time."""
@@ -388,8 +385,11 @@ class Proof:
         return min(self._deadline_s + 10.0, time.monotonic() + wish_s)
 
     def _start(self, fleet: Fleet) -> None:
-        fleet.members += [fleet.start() for _ in range(self._shape.engines)]
-        fleet.wait(self._limit_s(START_LIMIT_S))
+        started = [fleet.start() for _ in range(self._shape.engines)]
+        limit_s = self._limit_s(START_LIMIT_S)
+        for member in started:
+            member.wait(limit_s)
+        fleet.members += started
         fleet.round(self._shape, 0, self._limit_s(60))
         self._write("start", {"weights": fleet.kind, "engines": [member.row() for member in fleet.members]})
 
@@ -501,9 +501,7 @@ class Proof:
 
     def _verify(self) -> None:
         """The host counts its bytes again: after all these rounds no engine has written one."""
-        from deployments.weight_loader import connect
-
-        with connect(self._house.socket, 5.0) as host:
+        with weights.connect(self._house.socket, 5.0) as host:
             host.settimeout(60)
             weights.send(host, {"ask": "verify"})
             answer, _ = weights.receive(host)

@@ -130,7 +130,7 @@ def _router(config: ServeArgs, on: str, board: str) -> serve.Application:
         **_STOPPING,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_THREAD},
     )
-    return deployment.bind(board, _knobs(config, on), config.access.model_dump())
+    return deployment.bind(board, _knobs(config, on), config.access.model_dump(), config.batches.split_from)
 
 
 def _knobs(config: ServeArgs, on: str) -> dict[str, Any]:
@@ -145,11 +145,12 @@ def _knobs(config: ServeArgs, on: str) -> dict[str, Any]:
 class Router:
     """The route service as a Serve deployment, one per proxy node."""
 
-    def __init__(self, board: str, knobs: dict[str, Any], access: dict[str, Any]) -> None:
+    def __init__(self, board: str, knobs: dict[str, Any], access: dict[str, Any], split_from: int) -> None:
         privacy.keep_grpc_on_loopback()
         self._knobs = knobs
         keys = entrance.access(AccessConfig(**access), time.monotonic)
-        self._service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket(), access=keys)
+        service = RouteService(Path(board), Knobs(**knobs), time.monotonic, haproxy_socket(), keys, split_from)
+        self._service = service
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's live change: the keys of `balancer:`, each that is left out as it was at the start."""

@@ -170,6 +170,21 @@ class AccessConfig(_Strict):
         return value
 
 
+class BatchesConfig(_Strict):
+    """What is split over the replicas, and OpenAI's files and batches."""
+
+    enabled: bool = True
+    threshold: int = Field(8, ge=2, strict=True)
+    folder: str | None = Field(None, min_length=1)
+    folder_gib: float = Field(16.0, gt=0.0, strict=True)
+    concurrency: int = Field(32, ge=1, le=1024, strict=True)
+
+    @property
+    def split_from(self) -> int:
+        """The fewest prompts of a request that is split; 0 for never."""
+        return self.threshold if self.enabled else 0
+
+
 class BalancerConfig(_Strict):
     """The policy and its knobs; unknown knobs are refused against `balancer.policies.Knobs`."""
 
@@ -226,6 +241,7 @@ class ServeArgs(_Strict):
     balancer: BalancerConfig = BalancerConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     access: AccessConfig = AccessConfig()
+    batches: BatchesConfig = BatchesConfig()
 
     @field_validator("mps", "cpu_pinning", mode="before")
     @classmethod
@@ -311,6 +327,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "access": AccessConfig,
     "mps_limits": MpsLimitsConfig,
     "restarts": RestartsConfig,
+    "batches": BatchesConfig,
 }
 
 

@@ -15,7 +15,8 @@ from balancer.board import REPLICA_SLOTS, Board, GpuWriter, Owner
 from balancer.readings import GpuReading
 from deployments import cores, mps, notices, privacy, processes, weights
 from deployments.config import ServeArgs, parse_args
-from deployments.gpu_setup import EngineSettings, GpuHouse, model_path, why_private
+from deployments.gpu_house import EngineSettings, GpuHouse
+from deployments.gpu_setup import model_path, why_private
 from deployments.mps_watch import MpsWatch
 from deployments.places import Places, RestartPolicy
 from deployments.processes import WEIGHTS_VARIABLE

@@ -92,9 +92,6 @@ def _gpu(index: int) -> Iterator[Finding]:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     room = f"{memory.free / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
     yield Finding(f"GPU {index}", f"{pynvml.nvmlDeviceGetName(handle)}, {room}")
-    prohibited = pynvml.nvmlDeviceGetComputeMode(handle) == pynvml.NVML_COMPUTEMODE_PROHIBITED
-    if prohibited:
-        yield Finding(f"GPU {index}", "its compute mode is Prohibited", "have it set to Default")
     yield Finding(f"GPU {index}", _utilization_source(handle))
 
 
@@ -113,10 +110,11 @@ def _mps(args: ServeArgs) -> Iterator[Finding]:
     try:
         yield Finding("MPS", f"{program.resolve()} is there")
         paths = mps.find_paths(os.environ, mps.private_paths(os.getuid()), uid=os.getuid())
-        mps.preflight(program, paths, replicas=args.total_replicas, uid=os.getuid())
-    except mps.MpsError as error:
-        said, _, mend = str(error).rpartition(": ")
-        needed = args.mps == "on" or error.cause is not mps.MpsCause.NO_BINARY
+        for gpu in gpu_setup.chosen_gpus(args.gpus):
+            gpu_setup.check_mode(args, paths, gpu_setup.gpu_facts(gpu))
+    except (mps.MpsError, ConfigError) as error:
+        said, _, mend = str(error).replace("; ", ": ").rpartition(": ")
+        needed = args.mps == "on" or getattr(error, "cause", None) is not mps.MpsCause.NO_BINARY
         yield Finding("MPS", said, mend) if needed else Finding("MPS", f"{said}; replicas will take turns on the GPU")
         return
     daemon = mps.running_daemon(paths.pipe)

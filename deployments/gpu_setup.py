@@ -1,46 +1,28 @@
-"""What must be settled before an engine may start on a GPU: the memory plan, and whether and how MPS runs."""
+"""What must be settled before an engine may start on a GPU: which cards, the memory plan, whether and how MPS runs."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
 
-from deployments import memory, mps, numeric_check, weights
+from balancer.board import board_path
+from deployments import memory, mps, weights
 from deployments.config import ConfigError, ServeArgs
 from deployments.demo_model import ensure_demo_model, is_demo
-from deployments.mps_keeper import MpsKeeper
-from deployments.notices import LossFile
 from monitoring.sampler import visible_indices
 
-# vLLM checks its share of the card at start; the KV cache is pinned by the plan, so the share only has to be small.
-_LITTLE_UTILIZATION = 0.05
-_CLIENT_WITHIN_S = 20.0
-# Engines may start together where all of them could be this much larger than planned and still leave the card room.
-_ENGINE_GROWTH = 0.25
-
-EnginesOf = Callable[[Sequence[int]], list[mps.ProcessIdentity]]
-"""The engine processes on these GPUs."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What every replica is given beyond the user's own engine arguments.
-
-    `together`: engines may start at the same time, because the plan pins what each will take.
-    """
-
-    engine: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-    mps: bool = False
-    together: bool = False
+_COMPUTE_MODES = {
+    pynvml.NVML_COMPUTEMODE_DEFAULT: "Default",
+    pynvml.NVML_COMPUTEMODE_EXCLUSIVE_THREAD: "Exclusive_Thread",
+    pynvml.NVML_COMPUTEMODE_PROHIBITED: "Prohibited",
+    pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS: "Exclusive_Process",
+}
 
 
 def model_path(args: ServeArgs) -> str:
@@ -61,7 +43,7 @@ def this_card(index: int = 0) -> memory.Card:
 
 def weights_read_s(args: ServeArgs) -> float:
     """Seconds that the GPU's memory needs to read the model's weights once, at the bandwidth that NVML tells."""
-    return plan(args, this_card()).shape.weights_bytes / _dram_bytes_per_s()
+    return shape_of(args).weights_bytes / _dram_bytes_per_s()
 
 
 def _dram_bytes_per_s(index: int = 0) -> float:
@@ -82,15 +64,7 @@ def plan(
 
     `mps_used` None: as this machine would. `weights_shared` None: as follows from the arguments and the model.
     """
-    path = model_path(args)
-    config = _model_config(path)
-    engine = {key: value for key, value in args.engine.items() if value is not None}
-    shape = memory.model_shape(
-        config,
-        _checkpoint_bytes(path),
-        dtype=str(engine.get("dtype", "auto")),
-        kv_cache_dtype=str(engine.get("kv_cache_dtype", "auto")),
-    )
+    config, engine, shape = _model_config(model_path(args)), _engine_arguments(args), shape_of(args)
     demand = memory.Demand(
         replicas=args.replicas,
         max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), config),
@@ -103,6 +77,21 @@ def plan(
         mps=uses_mps(args) if mps_used is None else mps_used,
     )
     return memory.plan_memory(card, shape, demand)
+
+
+def shape_of(args: ServeArgs) -> memory.ModelShape:
+    """The model's shape, its weights as large as their files. Raises MemoryPlanError for a model it cannot size."""
+    path, engine = model_path(args), _engine_arguments(args)
+    return memory.model_shape(
+        _model_config(path),
+        _checkpoint_bytes(path),
+        dtype=str(engine.get("dtype", "auto")),
+        kv_cache_dtype=str(engine.get("kv_cache_dtype", "auto")),
+    )
+
+
+def _engine_arguments(args: ServeArgs) -> dict[str, Any]:
+    return {key: value for key, value in args.engine.items() if value is not None}
 
 
 def _shares(args: ServeArgs, config: dict[str, Any], weights_bytes: int) -> bool:
@@ -162,12 +151,12 @@ def visible_gpus() -> tuple[int, ...]:
     """NVML's numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves. Raises ValueError for one that does not exist."""
     pynvml.nvmlInit()
     try:
-        return visible_indices(os.environ, int(pynvml.nvmlDeviceGetCount()), _uuid)
+        return visible_indices(os.environ, int(pynvml.nvmlDeviceGetCount()), uuid_of)
     finally:
         pynvml.nvmlShutdown()
 
 
-def _uuid(index: int) -> str:
+def uuid_of(index: int) -> str:
     return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
 
 
@@ -176,13 +165,36 @@ def tightest(args: ServeArgs, cards: Iterable[memory.Card], weights_shared: bool
     return min((plan(args, card, None, weights_shared) for card in cards), key=lambda made: made.kv_cache_bytes)
 
 
+def check_mode(args: ServeArgs, paths: mps.MpsPaths, facts: mps.GpuFacts) -> None:
+    """Whether a GPU's compute mode, and MPS where it is used, let all replicas in. Raises MpsError."""
+    if uses_mps(args):
+        mps.preflight(mps.ControlProgram(), paths, replicas=args.total_replicas, uid=os.getuid(), gpu=facts)
+    elif facts.compute_mode == "Prohibited" or (facts.compute_mode == "Exclusive_Process" and args.replicas > 1):
+        raise mps.MpsError(
+            mps.MpsCause.EXCLUSIVE_MODE,
+            f"the GPU's compute mode is {facts.compute_mode}, which does not let {args.replicas} replica(s) in without"
+            " MPS: have it set to Default, or set mps to 'on'",
+        )
+
+
+def gpu_facts(index: int) -> mps.GpuFacts:
+    """The compute mode of GPU `index`, and the processes that use it."""
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        mode = _COMPUTE_MODES[pynvml.nvmlDeviceGetComputeMode(handle)]
+        return mps.GpuFacts(mode, tuple(p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)))
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def check(args: ServeArgs, name: str) -> str:
     """Refuse what cannot work before anything starts, and return the plan as a table. Raises ConfigError."""
     try:
         gpus = chosen_gpus(args.gpus)
-        table = memory.render(tightest(args, map(this_card, gpus)))
-        if uses_mps(args):
-            mps.preflight(mps.ControlProgram(), mps_paths(name), replicas=args.total_replicas, uid=os.getuid())
+        table = memory.render(tightest(args, cards_before(board_path(name), gpus).values()))
+        for gpu in gpus:
+            check_mode(args, mps_paths(name), gpu_facts(gpu))
     except (memory.MemoryPlanError, mps.MpsError) as error:
         raise ConfigError(str(error)) from error
     more = [] if args.gpus == 1 else [f"the same on each of the GPUs {', '.join(map(str, gpus))}"]
@@ -191,138 +203,21 @@ def check(args: ServeArgs, name: str) -> str:
     return "\n".join([table, *more])
 
 
-class GpuHouse:
-    """The GPUs' side of the device manager: the plan, and the MPS daemon's life from start to stop.
-
-    `refusal` says why no replica can start, in one sentence; empty while they can.
-    """
-
-    def __init__(self, args: ServeArgs, name: str, board: Path, engines: EnginesOf, log: logging.Logger) -> None:
-        self._args = args
-        self._log = log
-        self.gpus = chosen_gpus(args.gpus)
-        self._before = _cards_before(board, self.gpus)
-        self._plan = tightest(args, self._before.values())
-        self.losses = LossFile(board)
-        self._keeper: MpsKeeper | None = None
-        self._measured: set[int] = set()
-        self.refusal = ""
-        if uses_mps(args):
-            self._keeper = MpsKeeper(lambda: _daemon(name), self.losses, self.gpus, engines, log)
-            self._check_numbers(args.mps_limits.thread_percentage)
-
-    @property
-    def keeper(self) -> MpsKeeper | None:
-        """None where replicas run outside MPS."""
-        return self._keeper
-
-    @property
-    def weights_shared(self) -> bool:
-        """Whether the plan counts the weights once."""
-        return self._plan.demand.weights_shared
-
-    def plan_private_weights(self) -> None:
-        """From now on the plan counts the weights in every replica. Raises MemoryPlanError when that does not fit."""
-        self._plan = tightest(self._args, self._before.values(), weights_shared=False)
-
-    def settings(self, gpu: int) -> EngineSettings:
-        """What a replica on `gpu` adds to its engine's arguments and environment."""
-        demand = self._plan.demand
-        engine = {
-            "max_model_len": demand.max_model_len_tokens,
-            "max_num_seqs": demand.max_num_seqs,
-            "max_num_batched_tokens": demand.max_num_batched_tokens,
-            "kv_cache_memory_bytes": self._plan.kv_cache_bytes,
-            "gpu_memory_utilization": _LITTLE_UTILIZATION,
-        }
-        device = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        if self._keeper is None:
-            return EngineSettings(engine, {**mps.ENVIRONMENT_OUTSIDE_MPS, **device}, together=True)
-        return EngineSettings(engine, {**self._client_environment(gpu), **device}, mps=True, together=True)
-
-    def watch(self, stop: threading.Event) -> None:
-        """Looks after MPS until `stop` is set; a thread of its own."""
-        if self._keeper is None:
-            stop.wait()
-        else:
-            self._keeper.run(stop)
-
-    def must_wait(self, gpu: int, others_starting: int) -> bool:
-        """Whether a replica on `gpu` may not start yet: MPS is being healed, or the first one is being measured."""
-        if self._keeper is not None:
-            self.refusal = self.refusal or self._keeper.given_up
-            if self._keeper.healing:
-                return True
-        return others_starting > 0 and not self._together() and gpu not in self._measured
-
-    def started(self, gpu: int, pids: list[int]) -> None:
-        """A replica on `gpu` is up: prove that it is an MPS client, and hold the first one against the plan.
-
-        Raises MpsError unless every engine process is a client of the daemon: it may silently run outside MPS.
-        """
-        for pid in pids if self._keeper is not None else ():
-            self._keeper.prove_client(pid, _CLIENT_WITHIN_S)  # type: ignore[union-attr]
-        if not self._together() and gpu not in self._measured:
-            self._measured.add(gpu)
-            self._correct(gpu)
-
-    def terminate(self, pids: list[int]) -> str:
-        """End the GPU work of these clients, after which they may be killed without harm; what went wrong, if any."""
-        try:
-            for pid in pids if self._keeper is not None else ():
-                self._keeper.daemon.terminate_client(pid)  # type: ignore[union-attr]
-        except mps.MpsError as error:
-            return str(error)
-        return ""
-
-    def close(self) -> None:
-        self.losses.remove()
-        if self._keeper is not None:
-            self._keeper.close()
-
-    def _together(self) -> bool:
-        """Whether replicas may start at the same time; else the first on each GPU starts alone and is measured."""
-        return self._args.start == "together" or (self._args.start == "auto" and self._plan.tolerates(_ENGINE_GROWTH))
-
-    def _correct(self, gpu: int) -> None:
-        now = this_card(gpu)
-        try:
-            corrected = memory.correct(self._plan, now.used_bytes - self._before[gpu].used_bytes, now.free_bytes)
-        except memory.MemoryPlanError as error:
-            self.refusal = f"the first replica on GPU {gpu} was measured, and {error}"
-            return
-        word = "larger than planned" if corrected.measured else "within the plan"
-        self._log.warning("the first replica on GPU %d is %s; the others may start", gpu, word)
-
-    def _client_environment(self, gpu: int, thread_percentage: int | None = None) -> dict[str, str]:
-        assert self._keeper is not None
-        limits = self._args.mps_limits
-        return mps.client_environment(
-            self._keeper.daemon.paths,
-            memory_limit_bytes=self._plan.client_limit_bytes if limits.memory == "plan" else None,
-            thread_percentage=thread_percentage or limits.thread_percentage,
-            device="0" if self.gpus == (0,) else _uuid(gpu),
-        )
-
-    def _check_numbers(self, thread_percentage: int | None) -> None:
-        """SM caps have made BF16 products wrong on some driver: such a cap is used only where products are right."""
-        if thread_percentage is not None:
-            device = {"CUDA_VISIBLE_DEVICES": str(self.gpus[0]), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-            self.refusal = numeric_check.refusal({**self._client_environment(self.gpus[0]), **device})
-
-
-def _daemon(name: str) -> mps.MpsDaemon:
-    return mps.MpsDaemon(mps.ControlProgram(), mps_paths(name))
-
-
-def _cards_before(board: Path, gpus: Iterable[int]) -> dict[int, memory.Card]:
-    """The cards as they were before any replica of this run, whichever device manager of the run asks."""
-    path = board.with_name(board.name + ".cards")
+def cards_before(board: Path, gpus: Iterable[int]) -> dict[int, memory.Card]:
+    """The cards as they were before any replica of this run, also for who asks while replicas hold their memory."""
     cards = {gpu: this_card(gpu) for gpu in gpus}
-    if not path.exists():
-        path.write_text(json.dumps({gpu: card.used_bytes for gpu, card in cards.items()}))
-    used = {int(gpu): used for gpu, used in json.loads(path.read_text()).items()}
-    return {gpu: replace(card, used_bytes=used[gpu]) for gpu, card in cards.items()}
+    if not board.exists() or not _cards_file(board).exists():  # without a board, what was noted is an older run's
+        return cards
+    noted = json.loads(_cards_file(board).read_text())
+    return {gpu: replace(card, used_bytes=noted.get(str(gpu), card.used_bytes)) for gpu, card in cards.items()}
+
+
+def note_cards(board: Path, cards: Mapping[int, memory.Card]) -> None:
+    _cards_file(board).write_text(json.dumps({gpu: card.used_bytes for gpu, card in cards.items()}))
+
+
+def _cards_file(board: Path) -> Path:
+    return board.with_name(board.name + ".cards")
 
 
 def _model_config(path: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from balancer.key_file import INTERNAL_VARIABLE
 from balancer.readings import ReplicaState
 from deployments import device, entrance, gpu_setup, ingress, live, notices, privacy, processes
 from deployments.config import ConfigError, ServeArgs, load
-from deployments.processes import RUN_VARIABLE, runs_folder
+from deployments.processes import RUN_VARIABLE, URL_VARIABLE, runs_folder
 from deployments.routes import PROBE_PATH
 from deployments.targets import Targets
 from monitoring import discovery
@@ -87,6 +87,7 @@ def environment(run: Run) -> dict[str, str]:
     needed = {
         RUN_VARIABLE: run.run_id,
         INTERNAL_VARIABLE: secrets.token_urlsafe(32),
+        URL_VARIABLE: run.url,
         "RAY_SERVE_ENABLE_HA_PROXY": "0" if run.plain else "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run.folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run.folder / "ctl"),

@@ -32,10 +32,15 @@ class Door:
     `tickets_required`: HAProxy is in front, so a POST without a router's ticket slipped past the policy. That happens
     for about a second after start, while HAProxy knows the replicas but not yet the router; such a request is
     refused with 503 and `Retry-After`, so that whatever is answered was routed by the policy.
+
+    `managed` gets what the router sent here to be managed only, not to be counted as work: batches that it splits.
     """
 
-    def __init__(self, app: App, slot: Slot, name: str, policy: str, tickets_required: bool) -> None:
+    def __init__(
+        self, app: App, slot: Slot, name: str, policy: str, tickets_required: bool, managed: App | None = None
+    ) -> None:
         self._app = app
+        self._managed = managed or app
         self._slot = slot
         self._name = name.encode()
         self._policy = policy
@@ -60,6 +65,9 @@ class Door:
             await _answer(send, *_error(503, "starting", "the router is not connected yet; try again", 1.0))
             return
         signed = self._signed(send, ticket.policy, _header(scope, _EXPLAINED))
+        if self._tickets_required and not ticket.sequences and ticket.status == 200 and not self._closed:
+            await self._managed(scope, receive, signed)
+            return
         number = self._slot.received(ticket)
         try:
             await self._serve(ticket, scope, receive, signed)

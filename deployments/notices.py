@@ -48,9 +48,6 @@ class LossFile:
         epochs = {**before.epochs, **{gpu: before.epoch(gpu) + 1 for gpu in gpus}}
         _write(self._path, json.dumps({"epochs": epochs, "why": why}))
 
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
-
 
 def stop(board: Path, why: str) -> None:
     """Tell the supervisor that nothing is left that could serve."""

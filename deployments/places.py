@@ -90,8 +90,9 @@ class Places:
         return all(map(self._looping, self._places))
 
     def starting(self) -> list[int]:
-        """Places whose replica is not ready yet and has not ended."""
-        return [i for i, place in enumerate(self._places) if self._held(place) and place.ready_s is None]
+        """Places whose replica is not ready yet and has neither ended nor been given up."""
+        waiting = [i for i, place in enumerate(self._places) if self._held(place) and place.ready_s is None]
+        return [i for i in waiting if not self._looping(self._places[i])]
 
     def processes(self) -> dict[int, Owner]:
         """The replica processes that live, by place."""

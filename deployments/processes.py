@@ -19,6 +19,8 @@ from balancer.board import Owner, process_start_ticks
 # Inherited by everything a run starts (Ray, HAProxy, engines, the MPS daemon), so that whatever lost its parent can
 # still be told to be ours.
 RUN_VARIABLE = "SPLITWISER_RUN"
+# Where a run serves, for what sends requests to the system from within it.
+URL_VARIABLE = "SPLITWISER_URL"
 # The replica that an engine's processes belong to, by its PID.
 ENGINE_VARIABLE = "SPLITWISER_ENGINE"
 # Set where an engine shall know the loader of shared weights: it imports parts of vLLM, which take a second.

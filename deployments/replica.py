@@ -19,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 from balancer.board import Owner
 from balancer.readings import ReplicaState
 from deployments import cores, engine, entrance, notices, privacy, processes, start_order
+from deployments.batches import Batches
 from deployments.config import ServeArgs, parse_args
 from deployments.device_manager import DeviceManager, Permission
 from deployments.engine_memory import weigh
 from deployments.gate import Gate
-from deployments.gpu_setup import EngineSettings, model_path
+from deployments.gpu_house import EngineSettings
+from deployments.gpu_setup import model_path
 from deployments.middleware import Door
 from deployments.processes import ENGINE_VARIABLE
 from deployments.slot import Slot, stat_logger
@@ -68,8 +70,9 @@ class Replica:
             await self._start_engine(namespace, settings)
         self._tasks.append(asyncio.create_task(weigh(self._slot, engine.process_ids(self._engine))))
         app = await engine.build_openai_app(self._engine, namespace)
-        policy = self._args.balancer.policy
-        self._door = Door(app, self._slot, self._context.replica_tag, policy, tickets_required=self._haproxy)
+        self._batches = Batches(app, self._args, self._slot)
+        policy, tag = self._args.balancer.policy, self._context.replica_tag
+        self._door = Door(app, self._slot, tag, policy, tickets_required=self._haproxy, managed=self._batches.door)
         self._slot.forget_warm_up()
         self._slot.set_state(ReplicaState.READY)
         self._tasks.append(asyncio.create_task(self._watch()))
@@ -163,6 +166,8 @@ class Replica:
         self._slot.set_state(ReplicaState.DRAINING)
         for task in self._tasks:
             task.cancel()
+        if hasattr(self, "_batches"):
+            await self._batches.close()
         if hasattr(self, "_engine"):
             if self._slot.fields.in_flight_requests and not self._lost:
                 await self._end_gpu_work()

@@ -10,7 +10,7 @@ from typing import Any
 
 from balancer.board import Board, SlotFields, SlotWriter
 from balancer.kv_peak import expected_remaining, peak_tokens
-from balancer.readings import ReplicaState
+from balancer.readings import ReplicaState, Snapshot
 from balancer.ticket import Ticket
 
 # Also how old the expected peak of the KV cache may be; a beat costs about 0.1 ms with a full batch.
@@ -43,6 +43,10 @@ class Slot:
     def fields(self) -> SlotFields:
         return self._writer.fields
 
+    def neighbours(self) -> Snapshot:
+        """The board as it is now: this replica and all others."""
+        return self._board.snapshot(self._clock())
+
     def publish(self) -> None:
         self._writer.publish(self._clock())
 
@@ -53,9 +57,9 @@ class Slot:
     def received(self, ticket: Ticket) -> int:
         """A request has come in; the number it goes by until it is finished."""
         self.fields.received_total += 1
-        self.fields.in_flight_requests += 1
+        self.fields.in_flight_requests += ticket.sequences
         self.fields.in_flight_tokens += ticket.tokens
-        self.fields.kv_tokens_peak += ticket.tokens + self._rounding
+        self.fields.kv_tokens_peak += ticket.tokens + ticket.sequences * self._rounding
         number = next(self._numbers)
         self._requests[number] = ticket, self._steps
         if ticket.row >= 0:
@@ -67,7 +71,7 @@ class Slot:
         """A request has been answered, refused or abandoned: every `received` is followed by exactly one of these."""
         ticket, _ = self._requests.pop(number)
         self.fields.finished_total += 1
-        self.fields.in_flight_requests -= 1
+        self.fields.in_flight_requests -= ticket.sequences
         self.fields.in_flight_tokens -= ticket.tokens
         self.publish()
 
@@ -109,15 +113,17 @@ class Slot:
             await asyncio.sleep(HEARTBEAT_S)
             if self._board.replaced():
                 self._move()
-            self.fields.kv_tokens_peak = peak_tokens(map(self._growth, self._requests.values()))
+            growths = itertools.chain.from_iterable(map(self._growth, self._requests.values()))
+            self.fields.kv_tokens_peak = peak_tokens(growths)
             self.publish()
 
-    def _growth(self, request: tuple[Ticket, int]) -> tuple[int, int]:
-        """Tokens a request will still make, and holds now: a sequence makes one at each engine step since it came."""
+    def _growth(self, request: tuple[Ticket, int]) -> list[tuple[int, int]]:
+        """Tokens that each sequence of a request will still make, and holds now: it makes one at each engine step since
+        it came. Sequences share the prompt, or have one each: either way each holds its part of `tokens`."""
         ticket, came = request
-        made = self._steps - came
-        held = ticket.tokens - ticket.output_tokens + made + self._rounding
-        return expected_remaining(ticket.output_tokens, made), held
+        made, sequences = self._steps - came, max(1, ticket.sequences)
+        output, prompt = ticket.output_tokens // sequences, (ticket.tokens - ticket.output_tokens) // sequences
+        return [(expected_remaining(output, made), prompt + made + self._rounding)] * sequences
 
     @property
     def _rounding(self) -> int:

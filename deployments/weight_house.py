@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,6 @@ class WeightHouse:
     engine: Mapping[str, Any]
     lifeline: Owner = field(default_factory=Owner.me)
     command: tuple[str, ...] = (sys.executable, "-m", "deployments.weight_host")
-    _child: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def socket(self) -> Path:
@@ -87,18 +86,9 @@ class WeightHouse:
         """A host lives, or is started with `environment` on top of this process's. Returns at once: followers wait."""
         if self.status() is not None:
             return
-        self._reap()
         self.socket.unlink(missing_ok=True)
-        self._child = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            env=_host_environment(environment),
-        )
-        owner = Owner.of(self._child.pid)
+        owner = _detached(self.command, _host_environment(environment), json.dumps(self._spec()) + "\n")
         weights.write_status(self.socket.with_suffix(".json"), WeightStatus("loading", owner.pid, owner.start_ticks))
-        assert self._child.stdin is not None
-        with self._child.stdin as order, contextlib.suppress(BrokenPipeError):
-            order.write(json.dumps(self._spec()).encode() + b"\n")
 
     def arguments(self) -> dict[str, Any]:
         """What a replica's engine is given to find the host."""
@@ -118,7 +108,6 @@ class WeightHouse:
             if not self._wait(owner, limit_s):
                 self._signal(owner, signal.SIGKILL)
                 self._wait(owner, limit_s)
-        self._reap()
         for path in (self.socket, self.socket.with_suffix(".json")):
             path.unlink(missing_ok=True)
 
@@ -145,9 +134,38 @@ class WeightHouse:
             time.sleep(0.05)
         return True
 
-    def _reap(self) -> None:
-        if self._child is not None:
-            self._child.poll()
+
+# Forks, says the child's PID, and leaves it in a session of its own, with everything else as it was.
+_LAUNCHER = """
+import os, sys
+writing = int(sys.argv[1])
+child = os.fork()
+if child:
+    os.write(writing, b"%d\\n" % child)
+    os._exit(0)
+os.close(writing)
+os.setsid()
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _detached(command: Sequence[str], environment: Mapping[str, str], order: str) -> Owner:
+    """Starts a process that is no child of this one: Ray kills the children of a worker that ends."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as said:
+        launcher = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(writing), *command],
+            stdin=subprocess.PIPE,
+            env=dict(environment),
+            pass_fds=[writing],
+            text=True,
+        )
+        os.close(writing)
+        assert launcher.stdin is not None
+        with launcher.stdin, contextlib.suppress(BrokenPipeError):
+            launcher.stdin.write(order)
+        launcher.wait()
+        return Owner.of(int(said.readline()))
 
 
 def _host_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -36,7 +36,6 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from balancer.board import process_start_ticks
 from deployments import weights
 from deployments.processes import ENGINE_VARIABLE
 from deployments.weight_memory import fingerprint, named_tensors, open_chunks, view_of
@@ -48,7 +47,6 @@ logger = init_logger("vllm.splitwiser.weights")
 _SHAREABLE_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 # Buffers from here on (rotary tables) are mapped; smaller ones are copied, as an engine may write them (KV scales).
 _MAPPED_BUFFER_BYTES = 1 << 20
-_CONNECT_EVERY_S = 0.1
 _LOOK_DEPTH = 4
 
 
@@ -96,7 +94,7 @@ class SharedLoader(BaseModelLoader):  # type: ignore[misc]
         began_s = time.monotonic()
         model = skeleton(vllm_config, model_config, prefix)
         with contextlib.ExitStack() as undo:
-            host = undo.enter_context(connect(self._socket, self._wait_s))
+            host = undo.enter_context(weights.connect(self._socket, self._wait_s))
             waiting_s = time.monotonic()
             manifest, chunks = mapped(host)
             came_s = time.monotonic()
@@ -239,23 +237,6 @@ def _checkpoint(folder: Path) -> list[tuple[str, int, int]]:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def connect(path: Path, wait_s: float) -> socket.socket:
-    """A connection to the host, who may still be starting. Raises WeightsError when it has ended or takes too long."""
-    deadline_s = time.monotonic() + wait_s
-    host = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    while True:
-        try:
-            host.connect(str(path))
-            return host
-        except (FileNotFoundError, ConnectionRefusedError):
-            status = weights.read_status(path.with_suffix(".json"))
-            if status is not None and process_start_ticks(status.pid) != status.start_ticks:
-                raise WeightsError(f"the weight host (process {status.pid}) has ended: its log says why") from None
-            if time.monotonic() > deadline_s:
-                raise WeightsError(f"no weight host answers at {path} after {wait_s:.0f} s: its log says why") from None
-            time.sleep(_CONNECT_EVERY_S)
 
 
 def mapped(host: socket.socket) -> tuple[Manifest, list[torch.Tensor]]:

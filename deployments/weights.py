@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from balancer.board import process_start_ticks
 
 # The `load_format` under which vLLM finds our loader.
 SHARED_FORMAT = "splitwiser_shared"
 MODES = ("auto", "shared", "private")
 # The kernel passes at most 253 descriptors in one message.
 _MOST_DESCRIPTORS = 253
+_CONNECT_EVERY_S = 0.1
 _LENGTH = struct.Struct("!I")
 
 
@@ -218,3 +222,20 @@ def statuses(run_folder: Path) -> list[WeightStatus]:
     """Every weight host of the run whose private folder this is: what an exporter shows."""
     found = (read_status(path) for path in sorted(run_folder.glob("weights-*.json")))
     return [status for status in found if status is not None]
+
+
+def connect(path: Path, wait_s: float) -> socket.socket:
+    """A connection to the host, who may still be starting. Raises WeightsError when it has ended or takes too long."""
+    deadline_s = time.monotonic() + wait_s
+    host = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    while True:
+        try:
+            host.connect(str(path))
+            return host
+        except (FileNotFoundError, ConnectionRefusedError):
+            status = read_status(path.with_suffix(".json"))
+            if status is not None and process_start_ticks(status.pid) != status.start_ticks:
+                raise WeightsError(f"the weight host (process {status.pid}) has ended: its log says why") from None
+            if time.monotonic() > deadline_s:
+                raise WeightsError(f"no weight host answers at {path} after {wait_s:.0f} s: its log says why") from None
+            time.sleep(_CONNECT_EVERY_S)

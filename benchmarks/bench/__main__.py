@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="splitwiser bench", description="Splitwiser's experiments on this machine")
     today = datetime.now(UTC).date().isoformat()
     parser.add_argument("--out", type=Path, default=Path(f"bench-{today}"), metavar="FOLDER", help="rows and report")
-    parser.add_argument("--quick", action="store_true", help="small sizes: two CPU cores need about six minutes")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for two CPU cores")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint; default: one made on the spot")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM", help=_NAMES)

@@ -92,7 +92,8 @@ def environment(machine: Machine, sizes: Sizes, nvtx: bool) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Its sampler would be compiled at the first use, which needs a CUDA toolkit.
     env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    if nvtx:  # the engine core then steps in the process that marks the ranges
+    # In one process: it is what marks the ranges; and without a GPU an engine's three would share a core or two.
+    if nvtx or not machine.gpu:
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if not machine.gpu:
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads(machine, sizes))}

@@ -41,7 +41,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked. A batch is sent at once; a closed loop keeps `limit` requests under way; a trace has its times.
+    """What is asked. A batch is sent at once, or as a row of batches, at most `limit` requests under way; a closed loop
+    keeps `limit` under way; a trace has its times.
 
     Lengths in tokens; of a closed loop the means, of a trace the greatest. `tier` 1 is measured first.
     """
@@ -70,7 +71,7 @@ class Sizes:
     radiology_requests: int = 160
     radiology_prompt: int = 512
     radiology_output: int = 20
-    hf_batch: int = 20
+    batch: int = 20
     long_tokens: int = 1024
     long_batches: Mapping[int, int] = field(default_factory=lambda: {10: 1, 160: 1, 40: 2, 80: 3, 20: 3})
     closed_clients: int = 64
@@ -90,6 +91,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     radiology_requests=40,
+    radiology_prompt=256,
     long_tokens=96,
     long_batches={10: 1, 40: 1},
     closed_clients=8,
@@ -97,7 +99,7 @@ QUICK = Sizes(
     closed_prompt=64,
     closed_output=32,
     trace_seconds=8.0,
-    trace_speed=1.0,
+    trace_speed=3.0,
     trace_scale=0.1,
     max_model_len=1024,
     vllm_processes=(2,),
@@ -204,6 +206,7 @@ def workloads(sizes: Sizes, trace_requests: int) -> list[Workload]:
         s.radiology_requests,
         s.radiology_prompt,
         s.radiology_output,
+        limit=s.batch,
         radiology=True,
     )
     long = [
@@ -298,7 +301,7 @@ def estimate_s(cell: Cell, cost: Cost, sizes: Sizes) -> float:
         step_s = cost.step_s + cost.step_s_per_sequence * w.at_once
         return w.requests * w.prompt_tokens / cost.prefill_tokens_per_s + steps * step_s + cost.round_s
     pairs = max(1, cell.processes // 2)
-    size = min(sizes.hf_batch, -(-w.requests // pairs))
+    size = min(sizes.batch, -(-w.requests // pairs))
     waves = -(-w.requests // (size * pairs))
     prompt_s = size * w.prompt_tokens / cost.hf_prefill_tokens_per_s
     return waves * (prompt_s + w.output_tokens * (cost.hf_step_s + cost.hf_step_s_per_sequence * size)) + cost.round_s

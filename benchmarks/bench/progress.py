@@ -48,7 +48,8 @@ def line(row: Json) -> str:
         case "skip":
             return f"skipped {_cell(row)}: {row['reason']}"
         case "failure":
-            return f"failed, stage '{row['stage']}': {row['error']}"
+            what, _, log = row["error"].partition("; its log ends: ")
+            return f"failed, stage '{row['stage']}': {what} ...{log[-200:]}"
         case kind:
             return f"{kind} {row['run']}"
 

@@ -166,7 +166,7 @@ class Bench:
             wishes = self._of.source.wishes(r.cell.workload, self._of.seed)
             short = [replace(w, output_tokens=min(w.output_tokens, 8)) for w in wishes]
             try:
-                crew.play(members, r, short, self._of.sizes.hf_batch, min(self._end_s, time.monotonic() + 60.0))
+                crew.play(members, r, short, self._of.sizes.batch, min(self._end_s, time.monotonic() + 60.0))
             except EngineError as error:
                 members.broken = str(error)
 
@@ -184,7 +184,7 @@ class Bench:
             return
         wishes = self._of.source.wishes(r.cell.workload, self._seed(r))
         try:
-            report = crew.play(members, r, wishes, self._of.sizes.hf_batch, self._deadline_s(r))
+            report = crew.play(members, r, wishes, self._of.sizes.batch, self._deadline_s(r))
         except EngineError as error:
             members.broken = str(error)
             self._write("failure", {**r.facts(), "stage": str(stage), "error": str(error)})

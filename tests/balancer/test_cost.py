@@ -169,3 +169,13 @@ def test_caps_cut_to_their_level_average_what_was_observed(caps: list[float], me
     level = tempered_cap(caps, mean_output)
     mean_cut = sum(min(cap, level) for cap in caps) / len(caps)
     assert mean_cut == pytest.approx(mean_output, rel=1e-6) if math.isfinite(level) else mean_cut <= mean_output * 1.001
+
+
+def test_expected_output_is_that_of_one_answer_however_many_a_request_has() -> None:
+    """Requests for twenty prompts of ten tokens each teach ten tokens, not two hundred."""
+    estimator = CostEstimator(Knobs())
+    estimator.learn(reported(0, 0, 0))
+    for _ in range(50):
+        estimate({"prompt": ["hi"] * 20, "max_tokens": 500}, estimator)
+    estimator.learn(reported(100, 50 * 20 * 10, 50))
+    assert estimator.mean_output == pytest.approx(10)

@@ -12,13 +12,13 @@ import pytest
 from balancer import haproxy_view
 from balancer.haproxy_view import ask, server_name, servers_up
 
-HEAD = "# pxname,svname,qcur,status,weight,\n"
+HEAD = "# pxname,svname,qcur,status,weight,addr,\n"
 STATISTICS = (
     HEAD
     + "http,FRONTEND,,OPEN,,\n"
-    + "default,SERVE_REPLICA__default-Replica-a1,0,UP,100,\n"
+    + "default,SERVE_REPLICA__default-Replica-a1,0,UP,100,127.0.0.1:30001,\n"
     + "default,SERVE_REPLICA__default-Replica-b2,0,DOWN,100,\n"
-    + "default,SERVE_REPLICA__default-Replica-c3,0,no check,100,\n"
+    + "default,SERVE_REPLICA__default-Replica-c3,0,no check,100,10.0.0.7:30002,\n"
     + "default,SERVE_REPLICA__default-Replica-d4,0,UP 1/3,100,\n"
     + "default,SERVE_REPLICA__default-Replica-e5,0,MAINT,100,\n"
     + "default,cut_short\n"
@@ -33,7 +33,7 @@ def socket_path() -> Iterator[Path]:
         yield Path(folder) / "ctl"
 
 
-async def asked(socket_path: Path, answer: str | None) -> tuple[frozenset[str], bytes]:
+async def asked(socket_path: Path, answer: str | None) -> tuple[dict[str, str], bytes]:
     """What `ask` makes of a HAProxy that answers `answer` (None: nothing, for ever), and what it was asked."""
     questions = []
     finished = asyncio.Event()
@@ -56,13 +56,15 @@ async def asked(socket_path: Path, answer: str | None) -> tuple[frozenset[str], 
 
 
 def test_servers_that_are_up_or_unchecked_are_reachable() -> None:
-    """Up, going down and unchecked servers can be reached; down, in maintenance and cut short ones cannot."""
-    assert servers_up(STATISTICS) == {f"SERVE_REPLICA__default-Replica-{one}" for one in ("a1", "c3", "d4")}
+    """Up, going down and unchecked servers can be reached, at the address that HAProxy uses (if it says); down, in
+    maintenance and cut short ones cannot."""
+    reachable = {"a1": "127.0.0.1:30001", "c3": "10.0.0.7:30002", "d4": ""}
+    assert servers_up(STATISTICS) == {f"SERVE_REPLICA__default-Replica-{one}": at for one, at in reachable.items()}
 
 
 def test_haproxy_without_servers_reaches_nobody() -> None:
     """Statistics without a server line are an answer: nobody is reachable."""
-    assert servers_up(HEAD) == frozenset()
+    assert servers_up(HEAD) == {}
 
 
 @pytest.mark.parametrize("answer", ["", "Permission denied\n", "Unknown command\n"])

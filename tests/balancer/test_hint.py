@@ -35,4 +35,15 @@ def test_no_text_at_all_makes_it_raise(text: str) -> None:
 def test_the_rule_takes_over_every_header_once() -> None:
     """Each client header stands in the rule under its short name."""
     rule = haproxy_rule()
+    assert rule.count("path=%[path,url_enc]") == 1
     assert all(rule.count(f"{short}=%[req.hdr({header}),url_enc]") == 1 for short, header in CLIENT_HEADERS.items())
+
+
+def test_the_path_travels_and_a_part_of_a_batch_says_so() -> None:
+    """Only at the router's own port: what HAProxy composes names no part, whatever a client's headers say."""
+    assert Hint.decode("path=%2Fv1%2Fcompletions&session=&priority=&explain=&timeout=&authorization=") == Hint(
+        path="/v1/completions"
+    )
+    assert Hint.decode("part=1&path=/v1/completions&priority=4") == Hint(priority=4, path="/v1/completions", part=True)
+    assert "part" not in haproxy_rule()
+    assert not Hint.decode("session=x%26part%3D1&path=%2F").part

@@ -52,8 +52,8 @@ class World:
         counts = tuple(self.received[slot] if row == ROW else 99 for row in range(ROUTER_ROWS))
         return replace(IDLE, slot=slot, replica_id=self.names[slot], received_by_router=counts)
 
-    def assign(self, slot: int, tokens: int = 1) -> None:
-        self.ledger.assigned(self.replica(slot), tokens, self.now_s)
+    def assign(self, slot: int, tokens: int = 1, sequences: int = 1) -> None:
+        self.ledger.assigned(self.replica(slot), tokens, self.now_s, sequences)
 
     def arrive(self, slot: int, count: int = 1) -> None:
         self.received[slot] += count
@@ -231,5 +231,17 @@ def test_whatever_becomes_of_requests_the_row_comes_back_to_zero(fates: list[tup
         assert 0 <= world.row_says()[0] <= len(recent)
     world.arrive(0, len(late))
     world.now_s += LOST_AFTER_S + 0.01
+    world.look()
+    assert world.row_says() == (0, 0)
+
+
+def test_a_request_of_many_sequences_weighs_as_many(world: World) -> None:
+    """A part of a batch takes a place for each of its sequences, and gives all of them back when it arrives."""
+    world.assign(0, tokens=50, sequences=20)
+    world.assign(0, tokens=5)
+    assert world.row_says() == (21, 55)
+    world.arrive(0)
+    world.look()
+    world.arrive(0)
     world.look()
     assert world.row_says() == (0, 0)

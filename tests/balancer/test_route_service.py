@@ -21,7 +21,7 @@ from balancer.hint import Hint
 from balancer.policies import Knobs
 from balancer.readings import ReplicaReading, ReplicaState, assign
 from balancer.route_service import RouteService
-from balancer.ticket import HEADER, Ticket
+from balancer.ticket import HEADER, ROUTER_HEADER, Ticket
 
 T = TypeVar("T")
 NOW_S = 100.0
@@ -63,8 +63,8 @@ class House:
         slot.publish(NOW_S)
         return slot
 
-    def router(self, knobs: Knobs = KNOBS, haproxy_socket: Path | None = None) -> RouteService:
-        self.routers.append(RouteService(self.path, knobs, lambda: self.now_s, haproxy_socket))
+    def router(self, knobs: Knobs = KNOBS, haproxy_socket: Path | None = None, split_from: int = 0) -> RouteService:
+        self.routers.append(RouteService(self.path, knobs, lambda: self.now_s, haproxy_socket, None, split_from))
         return self.routers[-1]
 
     def seen(self) -> dict[str, ReplicaReading]:
@@ -213,10 +213,10 @@ def test_only_what_haproxy_reaches_is_named(house: House, monkeypatch: pytest.Mo
     """Replicas that HAProxy does not know yet, or no longer, receive nothing, and its silence keeps its last view."""
     house.replica("app#Replica#a")
     house.replica("app#Replica#b")
-    views: list[frozenset[str] | OSError] = [frozenset({"app-Replica-b"}), ConnectionError("gone")]
+    views: list[dict[str, str] | OSError] = [{"app-Replica-b": "127.0.0.1:1"}, ConnectionError("gone")]
     asked = asyncio.Event()
 
-    async def ask(socket: Path) -> frozenset[str]:
+    async def ask(socket: Path) -> dict[str, str]:
         view = views.pop(0)
         if not views:
             asked.set()
@@ -243,7 +243,7 @@ def test_nobody_reachable_is_503(house: House) -> None:
     """Replicas on the board of which HAProxy reaches none cannot even speak a refusal."""
     house.replica("a")
     router = house.router()
-    router._reachable = frozenset()
+    router._reachable = {}
     assert at_once(router)[0] == 503
 
 
@@ -543,3 +543,84 @@ def test_parts_of_the_system_need_no_key_at_the_router(house: House) -> None:
     house.replica("a")
     router = guarded(house, f"alice {ALICE}")
     assert named(router)[1].status == 200
+
+
+BATCH = json.dumps({"model": "demo", "prompt": ["Once upon a time"] * 8, "n": 2, "max_tokens": 10}).encode()
+
+
+def test_a_batch_is_managed_by_the_idlest_replica_and_takes_no_place(house: House) -> None:
+    """Its ticket promises nothing and nothing is on its way; it tells where the parts ask for a place."""
+    house.replica("busy").fields.in_flight_requests = 3
+    house.slots[0].publish(NOW_S)
+    house.replica("idle")
+    router = house.router(AWARE, split_from=8)
+    scope = {"type": "http", "method": "POST", "path": "/internal/route", "headers": [], "server": ("127.0.0.1", 321)}
+    answer = house.run(posted(router, scope, BATCH))
+    replica, headers = as_haproxy_reads(answer)
+    ticket = Ticket.decode(headers[HEADER])
+    assert (replica, headers[ROUTER_HEADER]) == ("idle", "127.0.0.1:321")
+    assert (ticket.sequences, ticket.tokens, ticket.row, ticket.status) == (0, 0, -1, 200)
+    assert house.seen()["idle"].on_the_way_requests == 0
+
+
+async def posted(router: RouteService, scope: dict[str, Any], body: bytes) -> bytes:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await router(scope, receive, send)
+    return bytes(sent[-1]["body"])
+
+
+@pytest.mark.parametrize(
+    ("hint", "split_from"),
+    [(Hint(), 9), (Hint(), 0), (Hint(path="/v1/embeddings"), 8), (Hint(part=True), 8)],
+    ids=["below the threshold", "switched off", "another interface", "a part"],
+)
+def test_what_is_not_split_is_weighed_as_a_whole(house: House, hint: Hint, split_from: int) -> None:
+    """Every sequence of it takes a place of its own on the board, at once and until it arrives."""
+    house.replica("a")
+    status, answer = house.router(split_from=split_from).route(BATCH, hint)  # type: ignore[misc]
+    ticket = Ticket.decode(as_haproxy_reads(answer)[1][HEADER])
+    assert (status, ticket.sequences, ticket.output_tokens) == (200, 16, 160)
+    reading = house.seen()["a"]
+    assert (reading.on_the_way_requests, reading.on_the_way_tokens) == (16, ticket.tokens)
+
+
+def test_a_part_learns_where_its_replica_listens(house: House) -> None:
+    """The address that HAProxy uses; other requests, which HAProxy sends itself, are not told."""
+    house.replica("app#Replica#a")
+    router = house.router(split_from=8)
+    router._reachable = {"app-Replica-a": "127.0.0.1:30001"}
+    addresses = [json.loads(router.route(BODY, hint)[1]).get("address") for hint in (Hint(part=True), Hint())]  # type: ignore[index]
+    assert addresses == ["127.0.0.1:30001", None]
+
+
+def test_parts_with_one_beginning_are_spread_all_the_same(house: House) -> None:
+    """Ordinary requests are drawn to where their prefix is cached; parts of a batch are not."""
+    for name in ("a", "b"):
+        slot = house.replica(name)
+        slot.fields.kv_blocks_total, slot.fields.kv_block_tokens, slot.fields.max_running_requests = 1000, 16, 64
+        slot.publish(NOW_S)
+    router = house.router(Knobs(policy="gpu_aware", seed=3, active_set=2), split_from=8)
+    part = json.dumps({"prompt": ["You are helpful. " * 40] * 4, "max_tokens": 10}).encode()
+    named = [json.loads(router.route(part, Hint(part=True))[1])["replica_id"] for _ in range(6)]  # type: ignore[index]
+    assert (named.count("a"), named.count("b")) == (3, 3)
+
+
+def test_files_and_batches_are_nobodys_work(house: House) -> None:
+    """An upload is managed by a replica, whatever bytes it has, also when no KV cache is free anywhere."""
+    house.full_replica("a")
+    status, answer = house.router(AWARE).route(b"--form", Hint(path="/v1/files"))  # type: ignore[misc]
+    assert (status, Ticket.decode(as_haproxy_reads(answer)[1][HEADER]).sequences) == (200, 0)
+
+
+def test_without_a_ready_replica_a_batch_is_turned_away_like_any_request(house: House) -> None:
+    """503 in the ticket, spoken by whatever replica there is."""
+    house.replica("a", state=ReplicaState.STARTING)
+    status, answer = house.router(AWARE, split_from=8).route(BATCH)  # type: ignore[misc]
+    assert (status, Ticket.decode(as_haproxy_reads(answer)[1][HEADER]).status) == (200, 503)

@@ -22,6 +22,7 @@ TICKETS = st.builds(
     status=st.sampled_from([200, 400, 413, 429, 503]),
     retry_after_s=st.integers(0, 10_000_000).map(lambda ms: ms / 1000),
     probe=st.booleans(),
+    sequences=st.integers(0, 1 << 16),
 )
 
 
@@ -42,10 +43,12 @@ def test_a_policys_words_never_break_the_header(policy: str, reason: str) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        "", "direct", "a b 0 1 200 0.0 0", "a b 0 1 200 0.0 0 0 0", "a b x 1 200 0.0 0 0", "a b 0 1.5 200 0.0 0 0",
-        f"a b {ROUTER_ROWS} 1 200 0.0 0 0", "a b -2 1 200 0.0 0 0", "a b 0 -1 200 0.0 0 0",
-        f"a b 0 {1 << 64} 200 0.0 0 0", "a b 0 1 99 0.0 0 0", "a b 0 1 302 0.0 0 0", "a b 0 1 200 nan 0 0",
-        "a b 0 1 200 inf 0 0", "a b 0 1 200 0.0 0 2", "a b 0 1 200 0.0 0 -1",
+        "", "direct", "a b 0 1 200 0.0 0 0", "a b 0 1 200 0.0 0 0 0 0",
+        "a b x 1 200 0.0 0 0 1", "a b 0 1.5 200 0.0 0 0 1",
+        f"a b {ROUTER_ROWS} 1 200 0.0 0 0 1", "a b -2 1 200 0.0 0 0 1", "a b 0 -1 200 0.0 0 0 1",
+        f"a b 0 {1 << 64} 200 0.0 0 0 1", "a b 0 1 99 0.0 0 0 1", "a b 0 1 302 0.0 0 0 1", "a b 0 1 200 nan 0 0 1",
+        "a b 0 1 200 inf 0 0 1", "a b 0 1 200 0.0 0 2 1", "a b 0 1 200 0.0 0 -1 1", "a b 0 1 200 0.0 0 0 -1",
+        f"a b 0 1 200 0.0 0 0 {1 << 32}",
     ],
 )  # fmt: skip
 def test_what_no_router_writes_is_no_ticket(text: str) -> None:

@@ -17,11 +17,13 @@ import pytest
 from benchmarks.bench import members as crew
 from benchmarks.bench import run as bench_run
 from benchmarks.bench.phases import Limits
-from benchmarks.bench.plan import QUICK, TWO_CORES, Cost, Machine, Plan, Stage, make_plan
+from benchmarks.bench.plan import QUICK, SYSTEMS, TWO_CORES, Cost, Machine, Plan, Stage, make_plan
 from benchmarks.bench.prompts import Source
 from benchmarks.bench.rows import Rows
 from benchmarks.bench.run import Bench, Setting
 from benchmarks.client import Answer
+from deployments.config import parse_args
+from deployments.engine import argument_names
 
 # Serves every request in 20 ms; `--die-in-round` and `--die-at-start` say where it breaks instead.
 WORKER = """
@@ -125,7 +127,7 @@ def test_every_planned_round_becomes_a_row_and_no_process_is_left(
     assert [set(row["groups"]) for row in told.of("start")] == [{"vllm", "hf"}]
     assert len(list((tmp_path / "seen").iterdir())) == 3
     assert left_running(tmp_path) == []
-    radiology = next(row for row in told.of("round") if row["workload"] == "radiology 512/20")
+    radiology = next(row for row in told.of("round") if row["workload"] == "radiology 256/20")
     assert (radiology["requests"], radiology["failed"], radiology["output_tokens"]) == (40, 0, 800)
     assert radiology["device"] == radiology["device_token"] == {"sm_ratio": 0.5}
 
@@ -231,3 +233,31 @@ def test_requests_are_alike_for_every_system_and_differ_between_repeats(model: P
     workload = offline_plan().stages[Stage.APART][0].cell.workload
     assert source.wishes(workload, 1) == source.wishes(workload, 1)
     assert source.wishes(workload, 1) != source.wishes(workload, 2)
+
+
+@pytest.mark.parametrize("machine", [MACHINE, Machine(gpu="H200", cores=16)])
+def test_the_served_systems_arguments_are_ones_it_takes(model: Path, machine: Machine) -> None:
+    """Checked as `splitwiser serve` checks them, without starting it; MPS is asked for where there is a GPU."""
+    setting = Setting(machine, QUICK, FAST, model, Source(model, []), Limits(), {}, 1, False, 1)
+    plan = make_plan(machine, QUICK, FAST, ("splitwiser-serve",), 1)
+    bench = Bench(plan, setting, Rows(io.StringIO(), "r"), NoWatch(), Told(), 0.0)  # type: ignore[arg-type]
+    wish = bench.serve_arguments(plan.stages[Stage.SERVED])
+    args = parse_args(wish)
+    assert (args.replicas, args.mps, args.device) == (2, *(("on", "gpu") if machine.gpu else ("off", "cpu")))
+    assert set(args.engine) <= argument_names()
+    # Together twice the largest round: 40 requests of 192 tokens, at 64 bytes a token in this model.
+    assert 2 * args.engine["kv_cache_memory_bytes"] >= 2 * 40 * 192 * 64
+
+
+@pytest.mark.parametrize("machine", [MACHINE, Machine(gpu="H200", cores=16)])
+def test_offline_engines_take_their_arguments_too(model: Path, machine: Machine) -> None:
+    setting = Setting(machine, QUICK, FAST, model, Source(model, []), Limits(), {"seed": 7}, 1, False, 1)
+    plan = make_plan(machine, QUICK, FAST, SYSTEMS, 1)
+    bench = Bench(plan, setting, Rows(io.StringIO(), "r"), NoWatch(), Told(), 0.0)  # type: ignore[arg-type]
+    groups = {recruits.name: recruits for recruits in bench.recruits(plan.stages[Stage.APART])}
+    assert {name: len(group.specs) for name, group in groups.items()} == {"vllm": 2, "unmixed": 1, "hf": 1}
+    assert groups["hf"].specs[0]["processes"] == groups["hf"].clients == 4
+    engines = [spec["engine"] for name in ("vllm", "unmixed") for spec in groups[name].specs]
+    assert all(set(engine) <= argument_names() and engine["seed"] == 7 for engine in engines)
+    assert [engine.get("enable_chunked_prefill") for engine in engines] == [None, None, False]
+    assert engines[0]["kv_cache_memory_bytes"] >= engines[1]["kv_cache_memory_bytes"]

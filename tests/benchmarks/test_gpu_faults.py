@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,6 +54,14 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     broken = ""
+    answered = failed = 0
+
+    def wait_for_answers(self, _: float = 0.0) -> None:
+        """In place of a time of load: until the clients have had some answers."""
+        enough, deadline = self.answered + 8, time.monotonic() + 20
+        while self.answered < enough:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         wish = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.answered += 1
+        self.server.failed += bool(self.server.broken)
         if self.server.broken == "cut":
             self.close_connection = True
             return
@@ -102,13 +113,17 @@ class FakeSystem:
         return 0
 
     async def all_answer(self) -> bool:
+        """A lost replica is back once the clients have met some errors."""
+        if self.server.failed >= 8:
+            self.server.broken = ""
+            self.names = {"b", "c"}
         return len(self.names) == 2
 
 
 @pytest.fixture
-def stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stay:
-    monkeypatch.setattr(gpu_faults, "_LOAD_BEFORE_S", 0.3)
-    monkeypatch.setattr(gpu_faults, "_LOAD_AFTER_S", 0.3)
+def stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> Stay:
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=server.wait_for_answers)
+    monkeypatch.setattr(gpu_faults, "time", clock)
     monkeypatch.setattr("benchmarks.steady_load._PAUSE_S", 0.02)
     return Stay(tmp_path / "rows.jsonl", tmp_path, 600)
 
@@ -126,20 +141,14 @@ def test_a_part_tells_what_clients_met_and_how_long_it_took(
 
     def act(_: Any) -> dict[str, Any]:
         server.broken, system.names = kind, {"b"}
-        threading.Timer(0.5, heal).start()
         return {"acted": True}
-
-    def heal() -> None:
-        server.broken = ""
-        system.names = {"b", "c"}
 
     row = break_it(system, Part("x", act, True, False, 1), stay)  # type: ignore[arg-type]
     assert set(row["before"]["outcomes"]) == {Outcome.OK}
     assert row["during"]["outcomes"][outcome] > 0
-    assert set(row["after"]["outcomes"]) == {Outcome.OK}
+    assert row["after"]["outcomes"][Outcome.OK] > 0
     assert (row["contained"], row["replaced"], row["hangs"], row["acted"]) == (False, 1, 0, True)
-    assert row["back_s"] >= 0.3
-    assert row["longest_pause_s"] >= 0.3
+    assert row["back_s"] >= row["lost_s"]
 
 
 def test_a_fault_that_costs_no_replica_is_called_contained(server: Server, tmp_path: Path, stay: Stay) -> None:
@@ -147,7 +156,7 @@ def test_a_fault_that_costs_no_replica_is_called_contained(server: Server, tmp_p
     system = FakeSystem(server, tmp_path / "log")
     row = break_it(system, Part("x", lambda _: {}, False, False, 1), stay)  # type: ignore[arg-type]
     assert (row["contained"], row["replaced"]) == (True, 0)
-    assert set(row["during"]["outcomes"]) == {Outcome.OK}
+    assert set(row["before"]["outcomes"]) == set(row["after"]["outcomes"]) == {Outcome.OK}
 
 
 def test_a_failed_part_and_a_skipped_one_are_rows_too(stay: Stay, tmp_path: Path) -> None:

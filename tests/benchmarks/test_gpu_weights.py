@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import replace
+from functools import partial, partialmethod
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks.gpu_weights import CPU_SHAPES, LLAMA, compare, llama_files, loading_in, same_as, saving
+from benchmarks import gpu_weights
+from benchmarks.gpu_weights import (
+    CPU_SHAPES,
+    LLAMA,
+    Host,
+    Proof,
+    compare,
+    llama_files,
+    loading_in,
+    same_as,
+    saving,
+)
 from deployments.memory import model_shape
+from deployments.weight_house import WeightHouse
 
 
 def answers(tokens: list[list[int]], logprobs: list[list[float]]) -> dict[str, Any]:
@@ -71,3 +88,42 @@ def test_the_llama_checkpoint_has_the_parameters_that_its_configuration_means() 
     sizes = [shape for names in llama_files(LLAMA) for shape in names.values()]
     numbers = sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in sizes)
     assert 2 * numbers == model_shape({**LLAMA, "torch_dtype": "bfloat16"}).weights_bytes
+
+
+STAND_IN = (sys.executable, str(Path(__file__).with_name("gpu_weights_stand_in.py")))
+
+
+def test_all_parts_of_a_proof_run_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for engines and host every part writes its rows, none fails, and no process is left."""
+    monkeypatch.setattr(gpu_weights, "WORKER", (*STAND_IN, "worker"))
+    monkeypatch.setattr(gpu_weights, "WeightHouse", partial(WeightHouse, command=(*STAND_IN, "host")))
+    monkeypatch.setattr(Proof, "_throughput", partialmethod(Proof._throughput, most=2))
+    rows: list[tuple[str, dict[str, Any]]] = []
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    proof = Proof(CPU_SHAPES["opt"], "cpu", lambda kind, row: rows.append((kind, row)), Host(), time.monotonic() + 120)
+    proof.run(str(tmp_path))
+    assert not [row for kind, row in rows if kind == "failure"]
+    of = {kind: [row for k, row in rows if k == kind] for kind, _ in rows}
+    assert [row["weights"] for row in of["start"]] == ["private", "shared"]
+    assert all(row["identical"] for row in of["identity"])
+    assert [row["weights"] for row in of["restart"]] == ["shared", "private"]
+    assert all(row["others_failed"] == 0 < row["others_requests"] for row in of["restart"])
+    assert of["restart"][0]["attach_s"] == 0.25
+    assert of["verify"] == [{"intact": True}]
+    assert [(row["alive"], row["said_why"]) for row in of["host_death"]] == [(0, 2)]
+    assert of["host_death"][0]["private_tokens_after"] == 2 * 4 * 16
+    assert (len(of["round"]), len(of["throughput"]), len(of["saving"])) == (4, 1, 1)
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+
+
+def test_a_part_that_breaks_is_a_row_and_the_next_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that do not start are written down with the end of their log."""
+    monkeypatch.setattr(gpu_weights, "WORKER", (sys.executable, "-S", "-c", "raise SystemExit('no such GPU')"))
+    monkeypatch.setattr(gpu_weights, "WeightHouse", partial(WeightHouse, command=(*STAND_IN, "host")))
+    rows: list[tuple[str, dict[str, Any]]] = []
+    proof = Proof(CPU_SHAPES["opt"], "cpu", lambda kind, row: rows.append((kind, row)), Host(), time.monotonic() + 60)
+    proof.run(str(tmp_path))
+    failed = {row["part"]: row["error"] for kind, row in rows if kind == "failure"}
+    assert "no such GPU" in failed["private start"]
+    assert "shared start" in failed
+    assert ("verify", {"intact": True}) in rows

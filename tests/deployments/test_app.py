@@ -37,6 +37,7 @@ def test_behind_haproxy_the_route_service_is_attached_to_the_replicas() -> None:
     built = app.build(ARGS)
     assert (deployment(built).name, deployment(built).num_replicas) == ("Replica", 3)
     assert deployment(built._ingress_request_router).name == "Router"
+    assert deployment(built._ingress_request_router).init_args[-1] == 8  # batches of so many prompts are split
     assert "BoardRouter" not in str(deployment(built)._deployment_config.request_router_config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import psutil
@@ -90,6 +91,30 @@ def test_unknown_words_are_refused(words: list[str], capsys: pytest.CaptureFixtu
         main(words)
     assert stop.value.code == 2
     assert "usage: splitwiser" in capsys.readouterr().err
+
+
+def test_bench_becomes_the_benchmarks_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word after `bench`, options and --help too, is the bench's own; nothing of it is imported here."""
+    became: list[list[str]] = []
+    monkeypatch.setattr(cli.os, "execv", lambda file, words: became.append([file, *words]))
+    main(["bench", "--quick", "--out", "x", "--help"])
+    python = cli.sys.executable
+    assert became == [[python, python, "-m", "benchmarks.bench", "--quick", "--out", "x", "--help"]]
+
+
+def test_no_room_of_the_product_imports_benchmarks() -> None:
+    """Neither when a module is imported nor later, inside a function."""
+    root = Path(cli.__file__).parents[1]
+    sources = [file for room in ("balancer", "deployments", "monitoring") for file in (root / room).rglob("*.py")]
+    assert len(sources) > 20
+    imports = [
+        node
+        for file in sources
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = {alias.name for node in imports for alias in node.names} | {getattr(n, "module", "") or "" for n in imports}
+    assert {name for name in names if name.split(".")[0] == "benchmarks"} == set()
 
 
 def test_a_key_is_made_whose_line_does_not_show_it(capsys: pytest.CaptureFixture[str]) -> None:

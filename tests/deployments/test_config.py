@@ -56,6 +56,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             ("header_s", 0), ("body_s", NAN), ("body_s", INFINITE), ("body_s", 0),
         ]
     ),
+    ({"batches": {"threshhold": 2}}, "unknown key `batches.threshhold`; known here are concurrency, enabled, folder"),
+    ({"batches": {"threshold": 1}}, "`batches.threshold` is 1"),
+    ({"batches": {"concurrency": 0}}, "`batches.concurrency` is 0"),
+    ({"batches": {"folder_gib": 0.0}}, "`batches.folder_gib` is 0.0"),
     *(({"replicas": n}, "`replicas` is ") for n in NO_REPLICAS),
     *(({"monitoring": {"sample_hz": hz}}, "`monitoring.sample_hz` is ") for hz in (0, -5, 101, NAN, INFINITE, "fast")),
     *(({"monitoring": {"memory_reserve_gib": g}}, "`monitoring.memory_reserve_gib` is ") for g in (-1, INFINITE, NAN)),
@@ -280,3 +284,10 @@ def test_a_mistake_in_the_gpus_settings_is_named(raw: dict[str, Any], says: str)
     with pytest.raises(ConfigError) as caught:
         parse_args(raw)
     assert str(caught.value).startswith(says)
+
+
+def test_batches_are_split_from_the_threshold_on_or_never() -> None:
+    """On by default; switched off, no number of prompts is split."""
+    assert parse_args({}).batches.split_from == 8
+    assert parse_args({"batches": {"threshold": 100}}).batches.split_from == 100
+    assert parse_args({"batches": {"enabled": False}}).batches.split_from == 0

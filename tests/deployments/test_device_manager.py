@@ -1,8 +1,10 @@
-"""The device manager on a machine without a GPU: the host's readings reach the board, and its end is noticed."""
+"""The device manager: readings reach the board, replicas get places, GPUs and cores, and its end is noticed."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,8 @@ from balancer.board import Board
 from balancer.readings import GpuReading, GpuSource
 from deployments import device_manager, notices
 from deployments.device_manager import DeviceManager, Permission
-from deployments.gpu_setup import EngineSettings
+from deployments.gpu_house import EngineSettings
+from deployments.notices import LossFile
 from monitoring.sampler import open_reader
 
 SECONDS = 30.0
@@ -204,3 +207,97 @@ def test_a_model_that_cannot_be_shared_gets_no_host(path: Path, tmp_path: Path) 
     manager = DeviceManager({"weights": "shared", "model": str(tmp_path)}, "cpu", str(path), "test")
     assert manager.may_start("a", os.getpid()).settings == EngineSettings()
     manager.__del__()
+
+
+class HouseOfGpus:
+    """Stands in for the GPUs' side: two cards, and what it is told to say."""
+
+    def __init__(
+        self, args: object, run: str, board: Path, engines: Callable[[list[int]], object], log: object
+    ) -> None:
+        self.gpus, self.losses, self.keeper = (4, 6), LossFile(board), None
+        self.weights_shared, self.wait, self.refusal = False, False, ""
+        self.engines = engines
+        self.asked: list[tuple[int, int]] = []
+        self.proven: list[tuple[int, list[int]]] = []
+        HouseOfGpus.made = self
+
+    made: HouseOfGpus
+
+    def settings(self, gpu: int) -> EngineSettings:
+        return EngineSettings(environment={"CUDA_VISIBLE_DEVICES": str(gpu)}, together=True)
+
+    def must_wait(self, gpu: int, others_starting: int) -> bool:
+        self.asked.append((gpu, others_starting))
+        return self.wait
+
+    def started(self, gpu: int, pids: list[int]) -> None:
+        self.proven.append((gpu, pids))
+
+    def terminate(self, pids: list[int]) -> str:
+        return f"terminated {pids}"
+
+    def watch(self, stop: threading.Event) -> None:
+        stop.wait()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def two_gpus(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceManager]:
+    """Two replicas on each of two GPUs."""
+    monkeypatch.setattr(device_manager, "GpuHouse", HouseOfGpus)
+    args = {**ARGS, "replicas": 2, "gpus": 2, "weights": "private", "cpu_pinning": "off"}
+    manager = DeviceManager(args, "gpu", str(path), "test")
+    yield manager
+    manager.__del__()
+    for left in path.parent.iterdir():
+        left.unlink()
+
+
+def test_places_spread_the_replicas_over_the_gpus(two_gpus: DeviceManager) -> None:
+    """So many on each, whatever Ray thought; a successor starts where its predecessor was."""
+    permissions = [two_gpus.may_start(name, os.getpid()) for name in "abcd"]
+    assert [p.gpu for p in permissions] == [4, 4, 6, 6]
+    assert permissions[2].settings.environment == {"CUDA_VISIBLE_DEVICES": "6"}
+    assert HouseOfGpus.made.asked == [(4, 0), (4, 1), (6, 0), (6, 1)]
+    two_gpus.started("b", 4, [11, 12])
+    assert HouseOfGpus.made.proven == [(4, [11, 12])]
+    two_gpus.ended("b", planned=True)
+    assert two_gpus.may_start("e", os.getpid()).gpu == 4
+    assert two_gpus.terminate([7]) == "terminated [7]"
+
+
+def test_a_permission_carries_the_losses_known_so_far(two_gpus: DeviceManager, path: Path) -> None:
+    """Only what is lost afterwards concerns the engine that starts with it."""
+    LossFile(path).lose([6], "a fault")
+    assert [two_gpus.may_start(name, os.getpid()).epoch for name in "abc"] == [0, 0, 1]
+
+
+def test_nobody_starts_while_the_gpu_is_healed_or_measured(two_gpus: DeviceManager) -> None:
+    """The replica is told to ask again, and keeps its place meanwhile."""
+    HouseOfGpus.made.wait = True
+    waiting = two_gpus.may_start("a", os.getpid())
+    assert (waiting.place, waiting.refusal, waiting.ask_again_s > 0) == (None, "", True)
+    HouseOfGpus.made.wait = False
+    assert two_gpus.may_start("a", os.getpid()).place == 0
+
+
+def test_a_gpu_that_cannot_be_used_ends_the_run_with_its_reason(two_gpus: DeviceManager, path: Path) -> None:
+    """The plan did not hold, or MPS did not heal: the supervisor is told in the same words."""
+    HouseOfGpus.made.refusal = "the first replica on GPU 4 was measured, and it is too large"
+    assert two_gpus.may_start("a", os.getpid()).refusal == HouseOfGpus.made.refusal
+    assert notices.stop_reason(path) == HouseOfGpus.made.refusal
+
+
+def test_engines_are_found_by_the_replicas_that_started_them(two_gpus: DeviceManager) -> None:
+    """Also those whose replica is still starting and has told nobody; each on its own GPU."""
+    sleep = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleep) as engine:
+        try:
+            two_gpus.may_start("a", os.getpid())
+            assert engine.pid in [process.pid for process in HouseOfGpus.made.engines([4])]  # type: ignore[attr-defined]
+            assert HouseOfGpus.made.engines([6]) == []
+        finally:
+            engine.kill()

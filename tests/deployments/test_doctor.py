@@ -22,7 +22,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a GPU, with free ports and no earlier runs, whatever the real one is."""
     monkeypatch.setattr(doctor.device, "gpu_count", lambda: 0)
     monkeypatch.setattr(doctor.device, "resolve", lambda args: "cpu")
-    monkeypatch.setattr(launch, "runs_folder", lambda: tmp_path / "runs")
+    monkeypatch.setattr(doctor.processes, "runs_folder", lambda: tmp_path / "runs")
     monkeypatch.setattr(launch, "ray_ports", lambda: {})
     monkeypatch.setattr(doctor, "_memory", lambda: iter(()))
     return tmp_path
@@ -99,7 +99,6 @@ def nvml() -> Any:
     memory = types.SimpleNamespace(free=30 * GIB, total=40 * GIB)
     return types.SimpleNamespace(
         NVMLError=RuntimeError,
-        NVML_COMPUTEMODE_PROHIBITED=2,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlSystemGetDriverVersion=lambda: "580.1",
@@ -107,7 +106,6 @@ def nvml() -> Any:
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetName=lambda handle: "NVIDIA X",
         nvmlDeviceGetMemoryInfo=lambda handle: memory,
-        nvmlDeviceGetComputeMode=lambda handle: 0,
         nvmlGpmQueryDeviceSupport=lambda handle: types.SimpleNamespace(isSupportedDevice=1),
     )
 
@@ -120,6 +118,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, machine: Path) -> Any:
     monkeypatch.setattr(doctor, "gpus_here", lambda args: [Card("NVIDIA X", 40 * GIB)])
     monkeypatch.setattr(doctor.gpu_setup, "tightest", lambda args, cards: types.SimpleNamespace(kv_cache_bytes=GIB))
     monkeypatch.setattr(mps.ControlProgram, "resolve", lambda self: "/usr/bin/nvidia-cuda-mps-control")
+    monkeypatch.setattr(doctor.gpu_setup, "chosen_gpus", lambda count: (0,))
+    monkeypatch.setattr(doctor.gpu_setup, "gpu_facts", lambda index: mps.GpuFacts())
     monkeypatch.setattr(mps, "preflight", lambda *_, **__: None)
     monkeypatch.setattr(mps, "running_daemon", lambda *_: None)
     return found
@@ -141,7 +141,7 @@ def test_a_gpu_that_is_fine_is_described(monkeypatch: pytest.MonkeyPatch, gpu: A
 
 
 def test_what_keeps_a_gpu_from_serving_is_named(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> None:
-    """A prohibiting compute mode, a plan that does not hold, MPS that cannot be used."""
+    """A plan that does not hold, MPS that cannot be used."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise MemoryPlanError("too little: lower max_model_len")
@@ -149,11 +149,9 @@ def test_what_keeps_a_gpu_from_serving_is_named(monkeypatch: pytest.MonkeyPatch,
     def in_fault(*_: Any, **__: Any) -> None:
         raise mps.MpsError(mps.MpsCause.SERVER_FAULT, "MPS server 4 is in fault state: end its clients")
 
-    gpu.nvmlDeviceGetComputeMode = lambda handle: 2
     monkeypatch.setattr(doctor.gpu_setup, "tightest", refuse)
     monkeypatch.setattr(mps, "preflight", in_fault)
     found = look(monkeypatch)
-    assert "have it set to Default" in [finding.mend for finding in found["GPU 0"]]
     assert found["memory plan"][0].mend == "too little: lower max_model_len"
     assert (found["MPS"][1].said, found["MPS"][1].mend) == ("MPS server 4 is in fault state", "end its clients")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from deployments import gpu_setup, mps
+from deployments import gpu_setup, mps, numeric_check
 from deployments.config import ConfigError, parse_args
-from deployments.gpu_setup import GpuHouse, check, model_path, plan, uses_mps
+from deployments.gpu_house import GpuHouse
+from deployments.gpu_setup import check, model_path, plan, uses_mps
 from deployments.memory import GIB, KNOWN_CARDS, Card, MemoryPlanError
 
 H200 = KNOWN_CARDS["H200"]
@@ -44,7 +45,8 @@ class House:
         monkeypatch.setenv("PATH", f"{self.binary.parent}:{os.environ['PATH']}")
         monkeypatch.setattr(gpu_setup, "mps_paths", lambda name: self.paths)
         monkeypatch.setattr(gpu_setup, "chosen_gpus", lambda count: tuple(range(count)))
-        monkeypatch.setattr(gpu_setup, "_uuid", lambda index: f"GPU-{index}")
+        monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts())
+        monkeypatch.setattr(gpu_setup, "uuid_of", lambda index: f"GPU-{index}")
         self.board = folder / "board"
         self.show(monkeypatch, H200)
 
@@ -261,8 +263,8 @@ def test_the_first_replica_is_measured_before_the_others_start(house: House, mon
     try:
         assert not manager.must_wait(0, others_starting=0)
         assert manager.must_wait(0, others_starting=1)
-        held = plan(house.args(), H200).replica_bytes
-        house.show(monkeypatch, Card("H200", H200.total_bytes, held))
+        made = plan(house.args(), H200)
+        house.show(monkeypatch, Card("H200", H200.total_bytes, made.needed_bytes - 3 * made.replica_bytes))
         manager.started(0, [])
         assert not manager.must_wait(0, others_starting=1)
         assert manager.refusal == ""
@@ -274,7 +276,8 @@ def test_a_first_replica_that_is_too_large_refuses_the_others(house: House, monk
     """The sentence names the setting to change, before any other has loaded."""
     manager = house.gpus(start="first_alone")
     try:
-        held = plan(house.args(), H200).replica_bytes
+        made = plan(house.args(), H200)
+        held = made.needed_bytes - 3 * made.replica_bytes
         house.show(monkeypatch, Card("H200", H200.total_bytes, held + 10 * GIB))
         manager.started(0, [])
         assert "the first replica on GPU 0 was measured, and the first replica takes" in manager.refusal
@@ -284,7 +287,7 @@ def test_a_first_replica_that_is_too_large_refuses_the_others(house: House, monk
 
 
 @pytest.mark.parametrize(("start", "reserve_gib", "waits"), [
-    ("auto", 4.0, False), ("auto", 1.0, True), ("together", 1.0, False), ("first_alone", 4.0, True),
+    ("auto", 4.0, False), ("auto", 0.5, True), ("together", 0.5, False), ("first_alone", 4.0, True),
 ])  # fmt: skip
 def test_replicas_start_together_where_the_plan_leaves_room_for_error(
     house: House, start: str, reserve_gib: float, waits: bool
@@ -302,7 +305,10 @@ def test_a_manager_that_is_restarted_plans_as_the_first_one(house: House, monkey
     first = house.gpus()
     settings = first.settings(0)
     first.close()
+    house.board.touch()
     house.show(monkeypatch, Card("H200", H200.total_bytes, 130 * GIB))
+    monkeypatch.setattr(gpu_setup, "board_path", lambda name: house.board)
+    assert check(house.args(), "1-1").startswith("H200: 139.70 GiB, 4 replica(s)")  # as for a change while it serves
     second = house.gpus()
     try:
         assert second.settings(0).engine == settings.engine
@@ -326,7 +332,7 @@ def test_an_sm_cap_is_used_only_where_products_are_right(
 ) -> None:
     """The check runs as a client with the cap; its sentence is the refusal."""
     asked: list[dict[str, str]] = []
-    monkeypatch.setattr(gpu_setup.numeric_check, "refusal", lambda environment: asked.append(environment) or verdict)
+    monkeypatch.setattr(numeric_check, "refusal", lambda environment: asked.append(environment) or verdict)
     manager = house.gpus(mps_limits={"thread_percentage": 50})
     try:
         assert manager.refusal == verdict
@@ -344,3 +350,39 @@ def test_a_model_is_a_folder_or_a_name_unless_it_is_the_demo(
     assert model_path(house.args()) == str(house.model)
     assert model_path(parse_args({"model": "org/name"})) == "org/name"
     assert model_path(parse_args({"model": "demo"})) == str(tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("wish", "mode", "says"),
+    [
+        ("on", "Prohibited", "the GPU's compute mode is Prohibited: have it set to Default"),
+        ("on", "Exclusive_Process", r"processes outside MPS hold it \(77\): end them"),
+        ("off", "Exclusive_Process", r"which does not let 4 replica\(s\) in without MPS: have it set to Default"),
+        ("off", "Prohibited", "the GPU's compute mode is Prohibited"),
+    ],
+)
+def test_a_compute_mode_that_keeps_replicas_out_is_named(
+    house: House, monkeypatch: pytest.MonkeyPatch, wish: str, mode: str, says: str
+) -> None:
+    """Before weights load; CUDA would only say that the device is busy or unavailable."""
+    monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts(mode, (77,)))
+    with pytest.raises(ConfigError, match=says):
+        check(house.args(mps=wish), "1-1")
+
+
+def test_an_exclusive_gpu_is_enough_for_one_process(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One replica without MPS, or several as clients of the one server."""
+    monkeypatch.setattr(gpu_setup, "gpu_facts", lambda index: mps.GpuFacts("Exclusive_Process"))
+    assert check(house.args(mps="off", replicas=1), "1-1")
+    assert check(house.args(mps="on"), "1-1")
+
+
+def test_what_an_older_run_noted_is_not_believed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a living board there is no run that could hold the memory."""
+    house.gpus().close()
+    house.show(monkeypatch, Card("H200", H200.total_bytes, 100 * GIB))
+    second = house.gpus()
+    try:
+        assert second.settings(0).engine["kv_cache_memory_bytes"] < 10 * GIB
+    finally:
+        second.close()

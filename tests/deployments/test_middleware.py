@@ -303,3 +303,34 @@ def test_a_closed_door_says_why_and_still_counts(place: Place) -> None:
     assert int(answer.headers["retry-after"]) >= 1
     assert ask(door, method="GET", path="/health").status_code == 200
     assert place.counts() == (1, 1, 0, 0)
+
+
+def test_what_is_only_managed_here_is_not_counted_as_work(place: Place) -> None:
+    """A batch that will be split goes to its manager, signed like the rest; its parts are counted where they run."""
+    managed: list[str] = []
+
+    async def manager(scope: Any, receive: Any, send: Any) -> None:
+        managed.append(scope["path"])
+        await place.app(scope, receive, send)
+
+    door = Door(place.app, place.slot, "x1", "least_queue", tickets_required=True, managed=manager)
+    answer = ask(door, ticket=Ticket("gpu_aware", "managed", sequences=0).encode())
+    assert (answer.status_code, answer.headers["x-splitwiser-policy"]) == (200, "gpu_aware")
+    assert managed == ["/v1/completions"]
+    assert (place.busiest, place.counts()) == (0, (0, 0, 0, 0))
+    refused = ask(door, ticket=Ticket("gpu_aware", "full", status=429, sequences=0).encode())
+    assert (refused.status_code, len(managed)) == (429, 1)
+    door.close("the engine is lost")
+    assert ask(door, ticket=Ticket("gpu_aware", "managed", sequences=0).encode()).status_code == 503
+    assert len(managed) == 1
+
+
+def test_without_haproxy_nobody_can_have_a_request_managed(place: Place) -> None:
+    """Serve's own proxy strips no header: a forged ticket must neither reach the manager nor go uncounted."""
+
+    async def manager(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError
+
+    door = Door(place.app, place.slot, "x1", "least_queue", tickets_required=False, managed=manager)
+    assert ask(door, ticket=Ticket("gpu_aware", "managed", sequences=0).encode()).status_code == 200
+    assert place.counts() == (1, 1, 0, 0)

@@ -108,6 +108,7 @@ def test_others_are_not_given_up_with_one_that_loops() -> None:
         node.ask(f"{number}", 100 * number)
         node.dies(f"{number}")
     assert node.ask("last", 1000).refusal
+    assert node.places.starting() == []
     assert not node.places.all_given_up()
     assert node.ask("steady", 1000).place == 0
 

@@ -18,7 +18,7 @@ from balancer.board import Board
 from balancer.readings import ReplicaReading, ReplicaState
 from deployments import cores, notices, replica
 from deployments.device_manager import Permission
-from deployments.gpu_setup import EngineSettings
+from deployments.gpu_house import EngineSettings
 from deployments.notices import LossFile
 
 SECONDS = 20.0
@@ -206,7 +206,6 @@ def test_a_lost_gpu_ends_a_healthy_engine(home: Home) -> None:
         assert home.replica._door._closed == "a fatal GPU error in process 7"
 
     home.live(story)
-    LossFile(home.path).remove()
 
 
 def test_an_engine_that_started_into_a_loss_does_not_serve(home: Home) -> None:
@@ -215,7 +214,6 @@ def test_an_engine_that_started_into_a_loss_does_not_serve(home: Home) -> None:
     with pytest.raises(RuntimeError, match="the MPS control daemon has died"):
         asyncio.run(home.replica.__serve_build_asgi_app__())
     assert home.seen().state is ReplicaState.STARTING
-    LossFile(home.path).remove()
 
 
 def test_a_planned_restart_drains_then_ends_the_gpu_work_then_kills(home: Home) -> None:

@@ -219,3 +219,18 @@ def test_heartbeats_publish_when_nothing_happens(
 
     asyncio.run(beat())
     assert reading(path).written_at_s == 200.0
+
+
+def test_a_request_of_many_sequences_is_as_many_in_flight(slot: Slot, path: Path) -> None:
+    """A part of a batch counts as what it takes in the engine's batch, and grows by a token each in every step."""
+    slot.engine_ready(blocks=200, block_tokens=16, max_running_requests=64)
+    number = slot.received(Ticket("gpu_aware", "x", 4, tokens=20 * 30, output_tokens=20 * 10, sequences=20))
+    r = reading(path)
+    assert (r.received_total, r.in_flight_requests, r.in_flight_tokens) == (1, 20, 600)
+    assert r.kv_tokens_peak == 600 + 20 * 8
+    growths = slot._growth(slot._requests[number])
+    assert growths == [(10, 20 + 8)] * 20
+    slot.step(20, 0, 0.1, 400, 20, 0)
+    assert slot._growth(slot._requests[number]) == [(9, 21 + 8)] * 20
+    slot.finished(number)
+    assert reading(path).in_flight_requests == 0

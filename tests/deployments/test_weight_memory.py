@@ -17,9 +17,9 @@ from deployments.weight_memory import fingerprint, named_tensors, new_memory, op
 
 def model() -> torch.nn.Module:
     """Two layers, one of them with a transposed weight, a tied third, a buffer that is not saved, and a scalar."""
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     net = torch.nn.Sequential(torch.nn.Linear(30, 50, dtype=torch.bfloat16), torch.nn.Linear(50, 30))
-    net[1].weight.data = torch.randn(50, 30, generator=generator).t()
+    net[1].weight.data = torch.randn(50, 30).t()
     net.add_module("tied", torch.nn.Linear(30, 50, dtype=torch.bfloat16))
     net.tied.weight = net[0].weight
     net.register_buffer("table", torch.arange(77.0), persistent=False)

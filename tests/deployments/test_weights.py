@@ -129,3 +129,17 @@ def test_a_run_shows_what_its_hosts_share(tmp_path: Path) -> None:
     weights.write_status(tmp_path / "weights-1.json", status)
     assert weights.statuses(tmp_path) == [status]
     assert [path.name for path in tmp_path.iterdir()] == ["weights-1.json"]
+
+
+def test_without_a_host_a_replica_says_so(tmp_path: Path) -> None:
+    """Neither an endless wait nor private weights that the plan has no room for: one sentence."""
+    with pytest.raises(WeightsError, match="no weight host answers at"):
+        weights.connect(tmp_path / "nobody.sock", 0.2)
+
+
+def test_a_host_that_ended_is_not_waited_for(tmp_path: Path) -> None:
+    """A status file of a process that has ended says that no one will come."""
+    ended = '{"state": "loading", "pid": 1, "start_ticks": 1, "followers": []}'
+    (tmp_path / "gone.json").write_text(ended)
+    with pytest.raises(WeightsError, match=r"the weight host \(process 1\) has ended"):
+        weights.connect(tmp_path / "gone.sock", 600.0)

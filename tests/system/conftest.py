@@ -110,6 +110,7 @@ def write_config(folder: Path, port: int, change: Callable[[dict[str, Any]], Non
     """The shipped configuration on another port."""
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     document["http_options"]["port"] = port
+    document["applications"][0]["args"].setdefault("batches", {})["folder"] = str(folder / "batches")
     change(document)
     document["applications"][0]["args"].setdefault("monitoring", {})["exporter_port"] = free_port()
     path = folder / "serve_config.yaml"
