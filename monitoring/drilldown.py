@@ -163,7 +163,8 @@ def _life() -> list[Builder[Panel]]:
         graph(
             Words("Up in HAProxy", "1 while HAProxy may send requests to this replica."),
             "short",
-            Query(haproxy_per_slot("haproxy_server_status", rate=False, more=',state="UP"', slot=_SLOT), "up"),
+            # Each replica stands in two of HAProxy's backends.
+            Query(haproxy_per_slot("haproxy_server_status", False, ',state="UP"', _SLOT) + " > bool 0", "up"),
         ),
         graph(
             Words("Scrape of vLLM's metrics", "How long Prometheus needs to get vLLM's own metrics from here."),
