@@ -98,7 +98,7 @@ def test_a_dead_engine_is_answered_for_and_replaced_and_none_outlives_its_replic
         deadline_s = time.monotonic() + 400
         while (answer := system.complete()).status != 200:
             assert time.monotonic() < deadline_s
-            assert answer.status in (500, 503)
+            assert answer.status in (500, 502, 503)
             time.sleep(1)
         assert answer.replica != first
         replica = next(p for p in belongings(system, system.run_id) if ":Replica" in " ".join(p.cmdline()))
