@@ -15,7 +15,7 @@ WORDS = {
     "token_rate": "this key has used up its tokens per minute",
     "too_many_at_once": "this key has too many requests at once",
 }
-_KINDS = {429: "rate_limit_exceeded", 404: "not_found_error"}
+_KINDS = {429: "rate_limit_exceeded", 404: "not_found_error", 500: "server_error", 502: "server_error", 504: "timeout"}
 
 
 def body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
