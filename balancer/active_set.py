@@ -33,7 +33,7 @@ NEWS_RATIO = 1.5
 FEW_REQUESTS = 8.0
 # Between changes for throughput's sake: two windows, so that what the last one bought was measured.
 DWELL_S = 2 * WINDOW_S
-# A smaller set takes effect only as answers end, and its noise would be paid by all: it must promise twice as much.
+# A smaller set takes effect only as answers end, and a mistake is paid by all: it promises twice as much or lasts so.
 SHRINK_PATIENCE = 2.0
 # A lead below `Knobs.gain_ratio` is followed when it was there in eight windows on end.
 LASTING_S = 8 * WINDOW_S
@@ -236,7 +236,7 @@ class ActiveSet:
         best = max(sizes, key=worth.__getitem__)
         needed = self.knobs.gain_ratio * (SHRINK_PATIENCE if best < self.size else 1.0)
         clear = worth[self.size] < worth[best] * (1.0 - needed)
-        if clear or (self._lasting(best) and best > self.size):
+        if clear or self._lasting(best):
             return best
         return self._untried(worth) if best == self.size and self.model.most_replicas_seen else self.size
 
@@ -269,7 +269,8 @@ class ActiveSet:
         """Whether another size has led for so long that even a lead too small for a quick change is no noise."""
         if best == self.size or best != self._leader:
             self._leader, self._leads_since_s = best, self._demand_s
-        return best != self.size and self._demand_s - self._leads_since_s >= LASTING_S * self._calm
+        needed_s = LASTING_S * self._calm * (SHRINK_PATIENCE if best < self.size else 1.0)
+        return best != self.size and self._demand_s - self._leads_since_s >= needed_s
 
     def _holding(self, ready: int) -> int:
         """The fewest replicas that hold the whole demand at once."""
