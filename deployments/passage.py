@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from balancer import stopping
 from balancer.ledger import End
+from deployments import errors
 from deployments.limits import Watch
 
 logger = logging.getLogger(__name__)
@@ -174,9 +175,7 @@ class Passage:
 
 def error_body(status: int, code: str, message: str) -> bytes:
     """An error as OpenAI words it."""
-    kind = "rate_limit_exceeded" if status == 429 else "service_unavailable" if status < 500 or status == 503 else ""
-    kind = kind or ("timeout" if status == 504 else "server_error")
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    return json.dumps(errors.body(status, message, code)).encode()
 
 
 async def answer(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
