@@ -62,9 +62,11 @@ def plan(
 ) -> memory.MemoryPlan:
     """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold.
 
-    `mps_used` None: as this machine would. `weights_shared` None: as follows from the arguments and the model.
+    `mps_used` None: as this machine would. `weights_shared` None: as the arguments say; `auto` shares only where
+    private weights do not fit, because engines read shared ones more slowly (docs/weights.md).
     """
     config, engine, shape = _model_config(model_path(args)), _engine_arguments(args), shape_of(args)
+    may_share = weights.wanted(args.weights, args.replicas, "gpu") and not weights.why_private(config, args.engine)
     demand = memory.Demand(
         replicas=args.replicas,
         max_model_len_tokens=_max_model_len(engine.get("max_model_len", -1), config),
@@ -73,10 +75,15 @@ def plan(
         kv_block_tokens=int(engine.get("block_size", 16)),
         kv_cache_bytes=engine.get("kv_cache_memory_bytes"),
         reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
-        weights_shared=_shares(args, config, shape.weights_bytes) if weights_shared is None else weights_shared,
+        weights_shared=(args.weights == "shared" and may_share) if weights_shared is None else weights_shared,
         mps=uses_mps(args) if mps_used is None else mps_used,
     )
-    return memory.plan_memory(card, shape, demand)
+    try:
+        return memory.plan_memory(card, shape, demand)
+    except memory.MemoryPlanError:
+        if weights_shared is not None or not may_share or demand.weights_shared:
+            raise
+    return memory.plan_memory(card, shape, replace(demand, weights_shared=True))
 
 
 def shape_of(args: ServeArgs) -> memory.ModelShape:
@@ -92,13 +99,6 @@ def shape_of(args: ServeArgs) -> memory.ModelShape:
 
 def _engine_arguments(args: ServeArgs) -> dict[str, Any]:
     return {key: value for key, value in args.engine.items() if value is not None}
-
-
-def _shares(args: ServeArgs, config: dict[str, Any], weights_bytes: int) -> bool:
-    """`auto` shares only where that saves memory: the weight host needs some for itself."""
-    if not weights.wanted(args.weights, args.replicas, "gpu") or weights.why_private(config, args.engine):
-        return False
-    return args.weights == "shared" or memory.sharing_saves_bytes(weights_bytes, args.replicas) > 0
 
 
 def why_private(args: ServeArgs, on: str) -> str | None:
@@ -161,8 +161,15 @@ def uuid_of(index: int) -> str:
 
 
 def tightest(args: ServeArgs, cards: Iterable[memory.Card], weights_shared: bool | None = None) -> memory.MemoryPlan:
-    """One plan for all cards: replicas are alike everywhere, so the fullest card decides. Raises MemoryPlanError."""
-    return min((plan(args, card, None, weights_shared) for card in cards), key=lambda made: made.kv_cache_bytes)
+    """One plan for all cards: replicas are alike everywhere, so the fullest card decides. Raises MemoryPlanError.
+
+    Where one card needs shared weights, all share them.
+    """
+    there = list(cards)
+    plans = [plan(args, card, None, weights_shared) for card in there]
+    if any(made.demand.weights_shared for made in plans):
+        plans = [plan(args, card, None, True) for card in there]
+    return min(plans, key=lambda made: made.kv_cache_bytes)
 
 
 def check_mode(args: ServeArgs, paths: mps.MpsPaths, facts: mps.GpuFacts) -> None:

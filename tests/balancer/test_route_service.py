@@ -290,7 +290,7 @@ def test_a_nasty_body_still_gets_a_replica(house: House, body: bytes) -> None:
     assert named(house.router(), body)[0] == "a"
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(), st.binary().map(lambda b: b'{"splitwiser_probe"' + b), st.text().map(str.encode)))
 def test_no_body_raises(house: House, body: bytes) -> None:
     """Any bytes at all end in an answer that HAProxy can act on."""

@@ -129,12 +129,29 @@ def test_a_check_shows_the_plan(house: House) -> None:
     assert not house.paths.pipe.exists()
 
 
-def test_weights_are_counted_once_where_that_saves_memory(house: House) -> None:
-    """`auto` shares the weights of four replicas, keeps two private whose host would take more, and obeys a wish."""
-    assert plan(house.args(), H200).demand.weights_shared
-    assert not plan(house.args(replicas=2), H200).demand.weights_shared
-    assert plan(house.args(replicas=2, weights="shared"), H200).demand.weights_shared
-    assert not plan(house.args(weights="private"), H200).demand.weights_shared
+LLAMA_2_7B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def test_weights_are_counted_once_where_they_would_not_fit_otherwise(house: House) -> None:
+    """`auto` keeps private weights that fit, which are read faster, and shares those that do not; a wish is obeyed."""
+    assert not plan(house.args(), H200).demand.weights_shared
+    assert plan(house.args(weights="shared"), H200).demand.weights_shared
+    house.configure(LLAMA_2_7B)
+    twice = {"replicas": 2, "engine": {"max_num_batched_tokens": 2048}}
+    assert plan(house.args(**twice), KNOWN_CARDS["A10"]).demand.weights_shared
+    with pytest.raises(MemoryPlanError, match="at most 1 would"):
+        plan(house.args(weights="private", **twice), KNOWN_CARDS["A10"])
+
+
+def test_where_one_card_needs_shared_weights_all_share_them(house: House) -> None:
+    """Replicas are alike on all cards, so the roomy one does as the tight one must."""
+    house.configure(LLAMA_2_7B)
+    args = house.args(replicas=2, engine={"max_num_batched_tokens": 2048})
+    assert gpu_setup.tightest(args, [H200, KNOWN_CARDS["A10"]]).demand.weights_shared
+    assert not gpu_setup.tightest(args, [H200, H200]).demand.weights_shared
 
 
 def test_a_model_that_cannot_be_shared_is_planned_privately_and_says_why(house: House) -> None:
@@ -149,7 +166,7 @@ def test_a_model_that_cannot_be_shared_is_planned_privately_and_says_why(house: 
 
 def test_a_house_can_go_back_to_private_weights(house: House) -> None:
     """When the host finds that the model cannot be shared, later replicas get a smaller KV cache each."""
-    manager = house.gpus(mps="off")
+    manager = house.gpus(mps="off", weights="shared")
     before = manager.settings(0).engine["kv_cache_memory_bytes"]
     assert manager.weights_shared
     manager.plan_private_weights()

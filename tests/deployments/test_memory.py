@@ -192,7 +192,7 @@ def test_llama_3_8b_four_times_on_an_h200() -> None:
     assert plan.full_length_sequences >= 14
 
 
-A10_TWICE = Demand(2, 4096, max_num_batched_tokens=2048)
+A10_TWICE = Demand(2, 3584, max_num_batched_tokens=2048)
 
 
 def test_llama_2_7b_twice_on_an_a10_needs_shared_weights() -> None:
@@ -212,8 +212,8 @@ def test_the_table_says_what_sharing_saves() -> None:
     shape = model_shape(LLAMA_2_7B)
     table = render(plan_memory(KNOWN_CARDS["A10"], shape, replace(A10_TWICE, weights_shared=True)))
     assert re.search(r"weights, estimated, one copy for all +12\.55\n", table)
-    assert re.search(r"weight host \(CUDA context\) +0\.50\n", table)
-    assert "sharing the weights saves 12.05 GiB: at most 2 replica(s) like these fit, 1 with private weights" in table
+    assert re.search(r"weight host \(CUDA context\) +0\.69\n", table)
+    assert "sharing the weights saves 11.86 GiB: at most 2 replica(s) like these fit, 1 with private weights" in table
     alone = render(plan_memory(KNOWN_CARDS["A10"], shape, replace(A10_TWICE, replicas=1)))
     assert "sharing" not in alone
     assert "weight host" not in alone

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
 
 from balancer.board import Board
 from balancer.readings import ReplicaReading, ReplicaState
@@ -84,7 +85,7 @@ class Home:
         monkeypatch.setattr(replica.engine, "start_engine", lambda *_: self.start())
         monkeypatch.setattr(replica.engine, "warm_up", self.nothing)
         monkeypatch.setattr(replica.engine, "process_ids", lambda engine: [engine.process.pid])
-        monkeypatch.setattr(replica.engine, "build_openai_app", self.nothing)
+        monkeypatch.setattr(replica.engine, "build_openai_app", self.app)
         monkeypatch.setattr(replica, "model_path", lambda args: "model")
         monkeypatch.setattr(replica, "stat_logger", lambda slot: None)
         monkeypatch.setattr(replica, "_LOOK_EVERY_S", 0.005)
@@ -98,6 +99,9 @@ class Home:
 
     async def nothing(self, *_: Any) -> None:
         return None
+
+    async def app(self, *_: Any) -> Starlette:
+        return Starlette()
 
     def seen(self) -> ReplicaReading:
         (reading,) = self.board.snapshot(time.monotonic()).replicas
