@@ -160,6 +160,9 @@ class RouteService:
         if key is None:
             self._page.enter()
             return self._refuse(refusal_of_strangers(), _NO_COST, snapshot, hint)
+        if self._stopping and not hint.part:
+            self._page.enter()
+            return self._refuse(_STOPPING, _NO_COST, snapshot, hint)
         if not hint.part and (managed := self._managed(key, body, hint, snapshot)):
             return managed
         self._page.enter()
@@ -169,7 +172,7 @@ class RouteService:
         if (refusal := self._access.admit(key, cost.tokens, hint.concurrent)) is not None:
             return self._refuse(refusal, cost, snapshot, hint)
         began_s = time.perf_counter()
-        decision = self._dispatcher.submit(request_id, cost, snapshot) if not self._stopping else _STOPPING
+        decision = self._dispatcher.submit(request_id, cost, snapshot)
         self._count(decision, time.perf_counter() - began_s)
         self._publish_counts(snapshot.now_s)
         if decision.verdict is not Verdict.WAIT:

@@ -31,7 +31,7 @@ from balancer import ledger
 from balancer.counters import CountersReader
 from balancer.knobs import Knobs
 from balancer.on_the_way import LOST_AFTER_S
-from balancer.readings import ReplicaState
+from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks.plane import Plane
 from deployments.limits import Limits
 
@@ -121,17 +121,23 @@ async def blow(plane: Plane, storm: Storm, fault: str = "") -> list[Seen]:
         return await asyncio.gather(*tasks)
 
 
+def living(plane: Plane) -> list[ReplicaReading]:
+    """Readings of replicas that still write; what a dead one last wrote stays on the board until its slot is taken."""
+    now_s = time.monotonic()
+    return [r for r in plane.readings() if r.written_at_s > now_s - 2.0]
+
+
 async def settle(plane: Plane, within_s: float = 1.0) -> float:
     """How long until nothing is in flight or queued; AssertionError when it takes longer than `within_s`.
 
     What was assigned and never arrived, because its client left in between, is given up by its router later.
     """
     began_s, queues = time.monotonic(), CountersReader(plane.board)
-    while any(r.in_flight_requests or r.awaiting_requests for r in plane.readings()) or queues.read().queue_length:
+    while any(r.in_flight_requests or r.awaiting_requests for r in living(plane)) or queues.read().queue_length:
         assert time.monotonic() - began_s < within_s, plane.readings()
         await asyncio.sleep(0.02)
     took_s = time.monotonic() - began_s
-    while any(r.assigned_requests for r in plane.readings()):
+    while any(r.assigned_requests for r in living(plane)):
         assert time.monotonic() - began_s < within_s + LOST_AFTER_S + 1.0, plane.readings()
         await asyncio.sleep(0.1)
     assert ledger.settled(plane.ledger()).open == 0, plane.ledger()

@@ -151,6 +151,7 @@ def test_a_poison_prompt_kills_one_replica_and_not_the_next() -> None:
             assert status == 0
             assert "[DONE]" not in text
             assert await died(plane) == 2
+            await asyncio.sleep(3.0)  # two of three are dead: the one retry may meet the other until both are stale
             answers = [await post(session, plane, max_tokens=2) for _ in range(10)]
             assert {status for status, _ in answers} == {200}
             await chaos.settle(plane, within_s=8.0)

@@ -219,7 +219,7 @@ def test_stopping_while_engines_start_leaves_nothing(tmp_path: Path) -> None:
 def stand_ins(document: dict[str, Any]) -> None:
     application = document["applications"][0]
     application["import_path"] = "benchmarks.stand_in_app:build"
-    application["args"] = {"replicas": 2, "device": "cpu", "drain_s": 3}
+    application["args"] = {"replicas": 2, "device": "cpu", "drain_s": 3, "balancer": {"active_set": 2}}
 
 
 @pytest.fixture(scope="module")
