@@ -30,6 +30,13 @@ CONSTANT = (
     "splitwiser_gpu_memory_size_bytes", "splitwiser_gpu_memory_reserve_bytes", "splitwiser_gpu_source",
     "splitwiser_replica_state", "splitwiser_board_up",
 )  # fmt: skip
+# Prefix caching was switched off for this benchmark, and Ray's own metrics had no series yet when this was recorded.
+NOT_RECORDED = {
+    "h200_opt125m_four_replicas.jsonl.gz": {
+        "overview / Memory by holder / B", "overview / Prefix cache / A", "overview / Server errors / A",
+        "overview / Answers by status / A", *(f"overview / Latency at the ingress / {ref}" for ref in "ABC"),
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=sorted(DATA.glob("*.jsonl.gz")), ids=lambda path: path.name)
@@ -76,13 +83,13 @@ def test_the_exporter_was_scraped_every_second(recording: Recording) -> None:
 
 
 def test_the_same_board_yields_the_same_series_as_then(recording: Recording, tmp_path: Path) -> None:
-    """No series came, went or changed its name, and what does not change has the same value."""
+    """No series went or changed its name (later ones may have come), and what does not change has the same value."""
     nothing = CountersReader(tmp_path / "none").read()
     for scrape in of_exporter(recording):
         if found := around(recording, scrape):
             now = exposed(found[0], scrape, nothing)
-            assert without_version(now) == without_version(scrape.series)
-            fixed = {series for series in now if series.startswith(CONSTANT)}
+            assert without_version(scrape.series) <= without_version(now)
+            fixed = {series for series in scrape.series if series.startswith(CONSTANT)}
             assert {s: now[s] for s in fixed} == {s: scrape.series[s] for s in fixed}
 
 
@@ -122,12 +129,12 @@ def test_the_overview_answers_the_four_questions_from_the_recording(recording: R
     assert list(ask("Replicas").values()) == [len(last.replicas)]
     steps = {str(replica.slot): replica.step_time_s for replica in last.replicas}
     assert set(ask("Slowest replica")) <= set(steps)
-    assert set(ask("Refused in the last 5 minutes")) == {"no_replica_ready", "other", "queue_deadline", "queue_full"}
+    assert set(ask("Refused in the last 5 minutes")) >= {"no_replica_ready", "other", "queue_deadline", "queue_full"}
     (nearest,) = ask("GPU: nearest limit").values()
     assert 0.0 < nearest <= 1.0
 
 
-def test_every_panel_shows_something_of_the_recording(replay: Replay) -> None:
+def test_every_panel_shows_something_of_the_recording(replay: Replay, request: pytest.FixtureRequest) -> None:
     """With the same few exceptions as in a live system; and what did not happen here."""
 
     def found(expr: str) -> bool:
@@ -142,7 +149,8 @@ def test_every_panel_shows_something_of_the_recording(replay: Replay) -> None:
         for target in panel["targets"]
         if not found(target["expr"])
     }
-    assert empty <= set(checks.ALLOWED_EMPTY)
+    not_recorded = next((why for name, why in NOT_RECORDED.items() if name in request.node.name), set())
+    assert empty <= set(checks.ALLOWED_EMPTY) | not_recorded
 
 
 def test_a_picture_of_a_dashboard_can_be_drawn(replay: Replay, tmp_path: Path) -> None:
