@@ -80,6 +80,7 @@ def test_a_cancelled_batch_keeps_what_was_finished_and_frees_the_engines(system:
         client.batches.cancel(batch.id)
 
 
+@pytest.mark.long
 def test_a_batch_goes_on_after_a_restart_without_doing_finished_lines_again(tmp_path: Path) -> None:
     """The system is stopped in the middle and started again on the same folder: every line has one result, and those
     from before are kept to the letter."""

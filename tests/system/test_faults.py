@@ -22,7 +22,7 @@ from balancer.readings import ReplicaReading
 from deployments import processes
 from deployments.launch import runs_folder
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(900)]
 
 LONG = {"max_tokens": 900, "ignore_eos": True}
 

@@ -24,7 +24,7 @@ from schemathesis.generation import GenerationMode
 
 from balancer.counters import REJECTIONS
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(3600)]
 
 LASTS_S = float(os.environ.get("SPLITWISER_FUZZ_S", "25"))
 SEED = int(os.environ.get("SPLITWISER_FUZZ_SEED", "20261122"))

@@ -83,6 +83,7 @@ def test_what_a_killed_supervisor_leaves_is_ended_by_the_next_start(
     launch.require_free_port("127.0.0.1", port, "http_options.port")
 
 
+@pytest.mark.long
 def test_a_dead_engine_is_answered_for_and_replaced_and_none_outlives_its_replica(tmp_path: Path) -> None:
     """Its requests get an OpenAI error, whole or in the stream; the next replica's engine dies with its replica."""
     with running(tmp_path, change=one_replica) as system:
@@ -109,6 +110,7 @@ def test_a_dead_engine_is_answered_for_and_replaced_and_none_outlives_its_replic
         assert not alive
 
 
+@pytest.mark.long
 def test_a_crash_loop_ends_the_run_and_says_why(tmp_path: Path) -> None:
     """An engine that can never start is tried so often as the configuration says; then the status is 1."""
 
