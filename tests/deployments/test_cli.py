@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
-import psutil
 import pytest
 
 from balancer.access import NO_LIMITS, digest, parse_keys
 from balancer.board import BoardError
-from deployments import cli, launch
+from deployments import cli, launch, processes
 from deployments.cli import main
 from deployments.config import ConfigError
 
@@ -32,7 +32,7 @@ def test_a_good_file_is_called_so(file: Path, capsys: pytest.CaptureFixture[str]
     """What would be served is said in a line, with status 0, and no process is started."""
     assert main(["validate", str(file)]) == 0
     assert capsys.readouterr().out == f"{file} is fine: 3 replicas of mine, policy least_queue\n"
-    assert psutil.Process().children() == []
+    assert processes.engines_of(os.getpid()) == []
 
 
 @pytest.mark.parametrize("command", ["validate", "serve"])

@@ -28,13 +28,16 @@ def test_a_wrong_product_is_named_with_the_setting(error: float) -> None:
     assert said.endswith("unset mps_limits.thread_percentage")
 
 
+RUN = subprocess.run
+
+
 def run_as(monkeypatch: pytest.MonkeyPatch, program: str) -> dict[str, str]:
     """The check's process is `program`; what it was started with is returned."""
-    real, environment = subprocess.run, {}
+    environment: dict[str, str] = {}
 
     def run(_: Any, env: dict[str, str], **options: Any) -> Any:
         environment.update(env)
-        return real([sys.executable, "-c", program], env=env, **options)
+        return RUN([sys.executable, "-c", program], env=env, **options)
 
     monkeypatch.setattr(numeric_check.subprocess, "run", run)
     return environment

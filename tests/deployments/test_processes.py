@@ -58,7 +58,7 @@ def start() -> Iterator[Start]:
         return child
 
     yield run
-    left = psutil.Process().children(recursive=True)
+    left = [psutil.Process(pid) for pid in processes.engines_of(os.getpid())]
     for process in left:
         process.kill()
     for child in children:

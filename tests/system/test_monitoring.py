@@ -33,7 +33,16 @@ def total(text: str, metric: str) -> float:
     return sum(map(float, values))
 
 
+def wait_idle(system: System) -> None:
+    """Until the engines rest: what another test gave up may still be under way."""
+    made, deadline_s = -1.0, time.monotonic() + 120
+    while made != (made := total(exporter(system), "splitwiser_replica_output_tokens_total")):
+        assert time.monotonic() < deadline_s, "the engines never rest"
+        time.sleep(2.0)
+
+
 def test_counters_equal_the_clients_own_ledger(system: System) -> None:
+    wait_idle(system)
     before = exporter(system)
     ledger = [system.complete(max_tokens=4).status for _ in range(12)]
     ledger += [system.post("/v1/completions", {"model": "nobody", "prompt": "x"}).status for _ in range(3)]
