@@ -169,7 +169,7 @@ async def settled(house: House) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_batch_larger_than_all_replicas_together_is_worked_off_within_their_room(house: House, stream: bool) -> None:
     """80 sequences over two batches of 16 places: one answer, both at work, and at the end nothing is counted as in
-    flight. An arrival is taken for the newest of its router's parts: for milliseconds a part more than fits may come."""
+    flight. An arrival is taken for the newest of its router's parts: for a moment a part more than fits may come."""
 
     async def exchange() -> httpx.Response:
         async with house:
