@@ -183,7 +183,7 @@ def test_what_cannot_be_healed_is_given_up_with_its_reason(node: Node) -> None:
     assert daemon is not None
     node.set(start="refuses")
     os.kill(daemon.pid, signal.SIGKILL)
-    while running_daemon(node.paths.pipe):
+    while node.keeper.daemon.alive():
         time.sleep(0.005)
     node.keeper.look()
     assert "the MPS control daemon did not start" in node.keeper.given_up
