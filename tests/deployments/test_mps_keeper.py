@@ -167,7 +167,7 @@ def test_the_daemons_death_loses_all_engines_and_another_is_started(node: Node) 
     assert daemon is not None
     node.set()
     os.kill(daemon.pid, signal.SIGKILL)
-    while running_daemon(node.paths.pipe):
+    while node.keeper.daemon.alive():
         time.sleep(0.005)
     node.keeper.look()
     assert node.lost() == [1, 1]
