@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from deployments import processes
+from deployments import privacy, processes
 from deployments.config import ConfigError, load
 
 # What the run was started with, in its folder.
@@ -54,6 +54,7 @@ def deploy(document: dict[str, Any], folder: Path) -> None:
     """Hand the document to the run's Serve, and wait until it is in force. Raises ConfigError when that fails."""
     # A Ray that `serve run` started on its own asks for the token of this user; an explicit address does not imply it.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.update(privacy.LOOPBACK_ONLY)  # as the run itself was started
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
