@@ -44,7 +44,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.workers import Engine
+from benchmarks.workers import Engine, answers_on_stdout
 from deployments.gpu_setup import visible_gpus
 
 Json = dict[str, Any]
@@ -620,14 +620,7 @@ def print_estimate(groups: Sequence[Group]) -> None:
 
 def work() -> None:
     """A worker's life: model in, greeting out, then rounds until the input closes."""
-    # vLLM writes to standard output; the answers keep the pipe to themselves.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(message: Json) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
-
+    answer = answers_on_stdout()
     spec = json.loads(sys.stdin.readline())
     engine = _vllm_engine(spec)
     answer(_greeting(engine))

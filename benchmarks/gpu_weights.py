@@ -45,7 +45,7 @@ from typing import Any, TextIO
 
 import psutil
 
-from benchmarks.workers import Engine, EngineError
+from benchmarks.workers import Engine, EngineError, answers_on_stdout
 from deployments import mps, weights
 from deployments.demo_model import DemoSpec, ensure_demo_model
 from deployments.gpu_setup import visible_gpus
@@ -624,13 +624,7 @@ def llama_files(config: Json) -> list[dict[str, tuple[int, ...]]]:
 
 def work() -> None:
     """A worker's life: a model in, a greeting out, then orders until the input closes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(message: Json) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
-
+    answer = answers_on_stdout()
     spec = json.loads(sys.stdin.readline())
     from vllm import LLM
 

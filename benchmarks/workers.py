@@ -1,4 +1,4 @@
-"""A worker process that speaks JSON lines, seen from outside. What runs in it is the caller's choice."""
+"""A worker process that speaks JSON lines, and its own end of the pipe. What runs in it is the caller's choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +77,18 @@ class Engine:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+def answers_on_stdout() -> Callable[[Json], None]:
+    """A worker's own end of the pipe: what it answers with, one JSON line each.
+
+    Libraries write to standard output; from now on that goes to standard error, and the answers have the pipe alone.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(message: Json) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    return answer

@@ -43,10 +43,10 @@ def this_card(index: int = 0) -> memory.Card:
 
 def weights_read_s(args: ServeArgs) -> float:
     """Seconds that the GPU's memory needs to read the model's weights once, at the bandwidth that NVML tells."""
-    return shape_of(args).weights_bytes / _dram_bytes_per_s()
+    return shape_of(args).weights_bytes / _dram_bytes_per_s(chosen_gpus(args.gpus)[0])
 
 
-def _dram_bytes_per_s(index: int = 0) -> float:
+def _dram_bytes_per_s(index: int) -> float:
     """Peak: two transfers each clock over the whole width of the bus."""
     pynvml.nvmlInit()
     try:

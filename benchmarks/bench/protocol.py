@@ -11,10 +11,11 @@ seconds, and `made`: [when, how many output tokens] by engine step.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from benchmarks.workers import answers_on_stdout
 
 Json = dict[str, Any]
 Serve = Callable[[Json], Callable[[], Json]]
@@ -23,14 +24,7 @@ Serve = Callable[[Json], Callable[[], Json]]
 
 def work(build: Callable[[Json], tuple[Json, Serve]]) -> None:
     """A worker's life. `build` turns the spec into a greeting and a function that serves orders."""
-    # Libraries write to standard output; the answers keep the pipe to themselves.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(message: Json) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
-
+    answer = answers_on_stdout()
     hello, serve = build(json.loads(sys.stdin.readline()))
     answer(hello)
     while line := sys.stdin.readline():

@@ -25,6 +25,7 @@ import yaml
 
 from balancer.board import Owner, board_path
 from balancer.ticket import DIRECT, HEADER
+from benchmarks.serving import free_port as free_port  # the tests' own too
 from deployments import processes
 from deployments.processes import runs_folder
 
@@ -100,12 +101,6 @@ def _ask(request: urllib.request.Request) -> Answer:
             return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
     except urllib.error.HTTPError as error:
         return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_config(folder: Path, port: int, change: Callable[[dict[str, Any]], None] = lambda document: None) -> Path:
