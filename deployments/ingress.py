@@ -90,6 +90,9 @@ def edits(folder: Path, entrance: Entrance, host: str, loopback_ports: Sequence[
             rf"\1 content-type application/json file {folder}/no-router.json hdr Retry-After {_RETRY_AFTER_S}",
             0,
         ),
+        # Behind the replicas Serve puts its own proxy, which keeps requests for as long as none is there.
+        (r"^( *server \S+ .*\bbackup)$", r"\1 weight 0", 0),
+        (r"^ *use-server \S+ if .*unknown_replica_id.*\n", "", 0),
         (r"wait-for-body time \d+s ", f"wait-for-body time {_ms(entrance.body_s)} ", 0),
         (r"\Z", _literal(_KEYS_TABLE), 1),
     ]

@@ -47,9 +47,14 @@ frontend http_frontend
     http-request set-header x-request-id %[unique-id] if !{{ req.hdr(x-request-id) -m found }}
     http-request return status 200 content-type text/plain string "success" if {{ path /-/healthz }}
     http-request wait-for-body time 120s if METH_POST
+    use_backend http-lost if {{ req.hdr(x-lost) -m found }}
     default_backend http-default
 backend http-default
     server SERVE_REPLICA_a 127.0.0.1:{upstream}
+backend http-lost
+    errorfile 503 {folder}/serves-own.http
+    use-server SERVE_PROXY if {{ var(txn.ingress_request_router_failed) -m str "unknown_replica_id" }}
+    server SERVE_PROXY 127.0.0.1:{upstream} check backup
 listen stats
   bind *:{stats}
   stats enable
@@ -295,6 +300,15 @@ def test_requests_at_once_are_counted_for_each_key(proxy: Proxy, header: str) ->
     assert counted[-1] == 1
 
 
+def test_without_a_replica_the_answer_is_503_at_once_and_not_serves_own_proxy(proxy: Proxy) -> None:
+    """That one would keep the request, without a limit, until a replica is there."""
+    answer = proxy.raw(request("/v1/models", "GET", b"", {"x-lost": "1"}))
+    status, body = status_and_body(answer)
+    assert status == 503
+    assert is_openai_error(body, "replica_unreachable")
+    assert b"retry-after: 1" in answer.lower()
+
+
 def test_metrics_and_statistics_listen_on_loopback_and_administration_is_the_owners(proxy: Proxy) -> None:
     """Serve opens both to every interface and the socket to every user."""
     assert (proxy.folder / "ctl").stat().st_mode & 0o777 == 0o600
@@ -336,6 +350,8 @@ def test_rays_template_still_has_the_lines_that_are_edited() -> None:
     for line in ("mode 666 level admin", "\ndefaults\n", "\nfrontend http_frontend\n    bind ", "wait-for-body time"):
         assert template.count(line) == 1
     assert re.findall(r"bind \*?:", template) == ["bind :", "bind *:"]
+    assert len(re.findall(r"^ *server .* backup$", template, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ *use-server .*unknown_replica_id", template, re.MULTILINE)) == 1
 
 
 def test_the_stand_in_needs_nothing_but_the_standard_library() -> None:
