@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -51,6 +52,8 @@ class DeviceManager:
     """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
 
     def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
+        # Serve takes down what a failed start has begun, too.
+        self._closing = contextlib.ExitStack()
         privacy.keep_grpc_on_loopback()
         self._args = args = parse_args(raw_args)
         self._path = Path(board_path)
@@ -59,17 +62,26 @@ class DeviceManager:
         self._places = Places(args.total_replicas, policy)
         self._cores = _core_shares(args)
         self._house = GpuHouse(args, run, self._path, self._engines_of, logger) if device == "gpu" else None
+        if self._house:
+            self._closing.callback(self._house.close)
         self._weights = self._weight_houses(raw_args, run)
+        self._closing.callback(self._dismiss_hosts)
         self._board = Board.open(self._path)
+        self._closing.callback(lambda: self._board.leave())  # whichever it is by then
         self._writers: dict[int, GpuWriter] = {}
+        self._closing.callback(self._release_writers)
         self._reader = open_reader(int(args.monitoring.memory_reserve_gib * 2**30), logger)
+        self._closing.callback(self._reader.close)
         self._sampler = Sampler(self._reader, self._write, time.monotonic, 1.0 / args.monitoring.sample_hz)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sampler.run, args=(self._stop,), daemon=True, name="sampler")
-        self._thread.start()
         self._keeper = threading.Thread(target=self._watch_mps, daemon=True, name="mps")
-        self._keeper.start()
-        self._exporter = self._export(args, Path(board_path))
+        for thread in (self._thread, self._keeper):
+            thread.start()
+            self._closing.callback(thread.join, _STOP_WITHIN_S)
+        self._closing.callback(self._stop.set)
+        if exporter := self._export(args, Path(board_path)):
+            self._closing.callback(exporter.close)
 
     def may_start(self, replica_id: str, pid: int) -> Permission:
         """May this replica, whose process is `pid`, start its engine now? It asks again until it may, or may never."""
@@ -110,19 +122,15 @@ class DeviceManager:
             raise RuntimeError("nobody looks after MPS any more; a fault would go unseen")
 
     def __del__(self) -> None:
-        if self._exporter:
-            self._exporter.close()
-        self._stop.set()
-        self._thread.join(_STOP_WITHIN_S)
-        self._keeper.join(_STOP_WITHIN_S)
-        self._reader.close()
-        while self._writers:
-            self._writers.popitem()[1].release()
-        self._board.leave()
+        self._closing.close()
+
+    def _dismiss_hosts(self) -> None:
         for host in self._weights.values():
             host.dismiss()
-        if self._house:
-            self._house.close()
+
+    def _release_writers(self) -> None:
+        while self._writers:
+            self._writers.popitem()[1].release()
 
     def _weight_houses(self, raw_args: dict[str, Any], run: str) -> dict[int, WeightHouse]:
         """A weight host's keeper for each GPU; none where weights are private."""

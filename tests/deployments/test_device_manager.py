@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,18 @@ def test_the_host_is_read_where_there_is_no_gpu(path: Path) -> None:
     manager.check_health()
     manager.__del__()
     board.leave()
+
+
+def test_what_a_failed_start_has_begun_is_ended_and_the_cause_is_told(path: Path) -> None:
+    """Serve takes an instance down that its constructor left half made."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monitoring = {**ARGS["monitoring"], "exporter_port": taken.getsockname()[1]}
+        manager = DeviceManager.__new__(DeviceManager)
+        with pytest.raises(OSError, match="in use"):
+            manager.__init__({"monitoring": monitoring}, "cpu", str(path), "test")  # type: ignore[misc]
+        manager.__del__()
 
 
 def test_without_a_gpu_a_replica_adds_nothing(path: Path) -> None:
