@@ -129,8 +129,8 @@ PARTS = (
     Part("storm of longest prompts", longest_prompts, False, False, 45),
     Part("engine killed", kill_engine, True, False, 90),
     Part("illegal access in a helper client", illegal_access, True, True, 100),
-    Part("MPS daemon killed", kill_daemon, True, True, 100),
-    Part("planned stop of one replica", planned_stop, True, False, 90),
+    Part("MPS daemon killed", kill_daemon, True, True, 85),
+    Part("planned stop of one replica", planned_stop, True, False, 60),
 )
 
 

@@ -355,8 +355,9 @@ class Proof:
         shared = self._part("shared memory", lambda: self._memory(self._shared, between, host=True))
         self._part("saving", lambda: self._write("saving", saving(private, shared, self._shape)))
         self._part("identity", self._identity)
+        self._part("throughput", lambda: self._throughput("as started"))
         self._part("restart shared", lambda: self._restart(self._shared))
-        self._part("throughput", self._throughput)
+        self._part("throughput again", lambda: self._throughput("one shared engine restarted"))
         self._part("verify", self._verify)
         self._part("restart private", lambda: self._restart(self._private))
         self._part("host death", self._host_death)
@@ -437,9 +438,9 @@ class Proof:
                 },
             )
 
-    def _throughput(self, most: int = 12) -> None:
+    def _throughput(self, when: str, most: int = 6) -> None:
         rounds: list[tuple[str, float]] = []
-        share_s = (self._deadline_s - time.monotonic()) * 0.35
+        share_s = (self._deadline_s - time.monotonic()) * 0.2
         until_s = time.monotonic() + share_s
         for number in range(most):
             for fleet in (self._private, self._shared) if number % 2 == 0 else (self._shared, self._private):
@@ -448,10 +449,11 @@ class Proof:
                 wall_s = time.monotonic() - began_s
                 rate = sum(report["tokens"] for report in reports) / wall_s
                 rounds.append((fleet.kind, rate))
-                self._write("round", {"weights": fleet.kind, "number": number, "tokens_per_s": rate, "wall_s": wall_s})
+                row = {"weights": fleet.kind, "number": number, "tokens_per_s": rate, "wall_s": wall_s}
+                self._write("round", {**row, "engine_s": [report["seconds"] for report in reports]})
             if number >= 2 and time.monotonic() > until_s:
                 break
-        self._write("throughput", compare(rounds))
+        self._write("throughput", {"when": when, **compare(rounds)})
 
     def _restart(self, fleet: Fleet) -> None:
         """The last engine is ended as a planned stop is, and started anew, while the others work without a break."""
@@ -656,8 +658,10 @@ def _load(llm: Any, order: Json) -> Json:
     from vllm import SamplingParams
 
     wish = SamplingParams(temperature=1.0, max_tokens=order["output_tokens"], ignore_eos=True, detokenize=False)
-    outputs = llm.generate(_prompts(llm, order), wish, use_tqdm=False)
-    return {"tokens": sum(len(o.outputs[0].token_ids) for o in outputs)}
+    prompts, began_s = _prompts(llm, order), time.monotonic()
+    outputs = llm.generate(prompts, wish, use_tqdm=False)
+    seconds = round(time.monotonic() - began_s, 4)
+    return {"tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "seconds": seconds}
 
 
 def _answers(llm: Any, order: Json) -> Json:

@@ -28,7 +28,7 @@ def worker() -> None:
         order = json.loads(line)
         if order["order"] == "load":
             time.sleep(0.01)
-            say({"tokens": order["sequences"] * order["output_tokens"]})
+            say({"tokens": order["sequences"] * order["output_tokens"], "seconds": 0.01})
         else:
             say({"tokens": [[1, 2], [3, 4]], "logprobs": [[-1.0, -2.0], [-3.0, -4.0]]})
 

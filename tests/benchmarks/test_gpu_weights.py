@@ -112,7 +112,7 @@ def test_all_parts_of_a_proof_run_and_leave_nothing(tmp_path: Path, monkeypatch:
     assert of["verify"] == [{"intact": True}]
     assert [(row["alive"], row["said_why"]) for row in of["host_death"]] == [(0, 2)]
     assert of["host_death"][0]["private_tokens_after"] == 2 * 4 * 16
-    assert (len(of["round"]), len(of["throughput"]), len(of["saving"])) == (4, 1, 1)
+    assert (len(of["round"]), len(of["throughput"]), len(of["saving"])) == (8, 2, 1)
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
 
 
