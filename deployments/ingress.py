@@ -85,14 +85,16 @@ def edits(folder: Path, entrance: Entrance, host: str, loopback_ports: Sequence[
             1,
         ),
         (r"^( *errorfile) (502|503|504) .*", rf"\1 \2 {folder}/\2.http", 0),
+        # Serve's line is for what its script says failed. Where the client leaves meanwhile, HAProxy ends the script
+        # without a word, and the request would go to any replica.
         (
-            r'(http-request return status 503) content-type text/plain lf-string "Ingress request router[^"]*"',
-            rf"\1 content-type application/json file {folder}/no-router.json hdr Retry-After {_RETRY_AFTER_S}",
+            r'^( *http-request return status 503) content-type text/plain lf-string "Ingress request router.*',
+            rf"\1 content-type application/json file {folder}/no-router.json hdr Retry-After {_RETRY_AFTER_S}"
+            " if METH_POST has_ingress_request_router_app !{ var(txn.via_ingress_request_router) -m found }",
             0,
         ),
         # Behind the replicas Serve puts its own proxy, which keeps requests for as long as none is there.
         (r"^( *server \S+ .*\bbackup)$", r"\1 weight 0", 0),
-        (r"^ *use-server \S+ if .*unknown_replica_id.*\n", "", 0),
         (r"wait-for-body time \d+s ", f"wait-for-body time {_ms(entrance.body_s)} ", 0),
         (r"\Z", _literal(_KEYS_TABLE), 1),
     ]

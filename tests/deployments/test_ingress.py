@@ -47,13 +47,16 @@ frontend http_frontend
     http-request set-header x-request-id %[unique-id] if !{{ req.hdr(x-request-id) -m found }}
     http-request return status 200 content-type text/plain string "success" if {{ path /-/healthz }}
     http-request wait-for-body time 120s if METH_POST
+    http-request set-var(txn.via_ingress_request_router) str(1) if {{ req.hdr(x-routed) -m found }}
+    acl has_ingress_request_router_app req.hdr(x-routed) -m found
+    acl has_ingress_request_router_app req.hdr(x-unrouted) -m found
+    http-request return status 503 content-type text/plain lf-string "Ingress request router failed: x" if FALSE
     use_backend http-lost if {{ req.hdr(x-lost) -m found }}
     default_backend http-default
 backend http-default
     server SERVE_REPLICA_a 127.0.0.1:{upstream}
 backend http-lost
     errorfile 503 {folder}/serves-own.http
-    use-server SERVE_PROXY if {{ var(txn.ingress_request_router_failed) -m str "unknown_replica_id" }}
     server SERVE_PROXY 127.0.0.1:{upstream} check backup
 listen stats
   bind *:{stats}
@@ -300,6 +303,14 @@ def test_requests_at_once_are_counted_for_each_key(proxy: Proxy, header: str) ->
     assert counted[-1] == 1
 
 
+def test_what_the_router_was_not_asked_about_reaches_no_replica(proxy: Proxy) -> None:
+    """HAProxy ends the router's script without a word when a client leaves, and would send its request anywhere."""
+    assert proxy.ask("/v1/completions", "POST", b"{}", x_routed="1")[0] == 200
+    status, body = proxy.ask("/v1/completions", "POST", b"{}", x_unrouted="1")
+    assert status == 503
+    assert is_openai_error(body, "router_unreachable")
+
+
 def test_without_a_replica_the_answer_is_503_at_once_and_not_serves_own_proxy(proxy: Proxy) -> None:
     """That one would keep the request, without a limit, until a replica is there."""
     answer = proxy.raw(request("/v1/models", "GET", b"", {"x-lost": "1"}))
@@ -351,7 +362,10 @@ def test_rays_template_still_has_the_lines_that_are_edited() -> None:
         assert template.count(line) == 1
     assert re.findall(r"bind \*?:", template) == ["bind :", "bind *:"]
     assert len(re.findall(r"^ *server .* backup$", template, re.MULTILINE)) == 3
-    assert len(re.findall(r"^ *use-server .*unknown_replica_id", template, re.MULTILINE)) == 1
+    assert (
+        template.count('http-request return status 503 content-type text/plain lf-string "Ingress request router') == 1
+    )
+    assert "use_backend {{ backend.name or 'unknown' }}-via-ingress-request-router if" in template
 
 
 def test_the_stand_in_needs_nothing_but_the_standard_library() -> None:
