@@ -24,7 +24,7 @@ from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks import shapes
 from benchmarks.gpu_http import ENGINE
 from benchmarks.serving import free_port
-from deployments import launch, middleware, mps, processes
+from deployments import gpu_setup, launch, middleware, mps, processes
 
 MIB = 1 << 20
 T = TypeVar("T")
@@ -202,7 +202,7 @@ def until(holds: Callable[[], bool], limit_s: float, what: str) -> float:
 
 
 def gpu_used_mib() -> int | None:
-    """Memory in use on all GPUs; None without any."""
+    """Memory in use on all visible GPUs; None without any."""
     used = _of_each_gpu(lambda handle: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) // MIB)
     return sum(used) if used else None
 
@@ -223,6 +223,6 @@ def _of_each_gpu(ask: Callable[[Any], T]) -> list[T]:
     except pynvml.NVMLError:
         return []
     try:
-        return [ask(pynvml.nvmlDeviceGetHandleByIndex(gpu)) for gpu in range(pynvml.nvmlDeviceGetCount())]
+        return [ask(pynvml.nvmlDeviceGetHandleByIndex(gpu)) for gpu in gpu_setup.visible_gpus()]
     finally:
         pynvml.nvmlShutdown()

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from balancer.board import Board, board_path
@@ -32,7 +32,7 @@ from benchmarks.rivals import SERVED_NAME, Server, Setup
 KV_BYTES = 32_000_000_000
 ENGINE: dict[str, Any] = {
     "load_format": "dummy",
-    "max_model_len": 2304,
+    "max_model_len": 2048,
     "max_num_seqs": 384,
     "max_num_batched_tokens": 8192,
     "dtype": "bfloat16",
@@ -60,13 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.prompts = options.prompts or (32 if options.demo else 160)
     options.tokens = options.tokens or ([32, 64] if options.demo else [1024, 1024])
     options.logs.mkdir(parents=True, exist_ok=True)
-    with started(options) as server:
-        rows = list(measured(server, options))
-    with options.out.open("a") as file:
-        for row in [*rows, compared(rows, options)]:
-            print(json.dumps(row), flush=True)
-            file.write(json.dumps(row) + "\n")
+    rows = []
+    with options.out.open("a", buffering=1) as file, started(options) as server:
+        for row in measured(server, options):
+            rows.append(row)
+            _write(file, row)
+        _write(file, compared(rows, options))
     return 0
+
+
+def _write(file: TextIO, row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+    file.write(json.dumps(row) + "\n")
 
 
 @contextlib.contextmanager

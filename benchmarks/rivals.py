@@ -24,6 +24,8 @@ SERVED_NAME = "model"
 _VLLM = "from vllm.entrypoints.cli.main import main; main()"
 _RAY = "from ray.serve.scripts import cli; cli()"
 _STOP_WITHIN_S = 25.0
+# One that never gets ready must not use up the time of the others.
+_READY_WITHIN_S = 200.0
 _HAPROXY = """global
     maxconn 8192
 defaults
@@ -197,10 +199,11 @@ def _process(
 
 
 def _wait(ready: Callable[[], bool], child: subprocess.Popen[bytes], setup: Setup) -> None:
+    deadline_s = min(setup.deadline_s, time.monotonic() + _READY_WITHIN_S)
     while not ready():
         if child.poll() is not None:
             raise RuntimeError(f"it ended with status {child.returncode} while starting; its log is in {setup.folder}")
-        if time.monotonic() > setup.deadline_s:
+        if time.monotonic() > deadline_s:
             raise TimeoutError(f"it was not ready in time; its log is in {setup.folder}")
         time.sleep(0.5)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,22 @@ def model_path(args: ServeArgs) -> str:
     return str(ensure_demo_model()) if is_demo(args.model) else args.model
 
 
-def this_card(index: int = 0) -> memory.Card:
-    """GPU `index` as NVML shows it now."""
+@contextmanager
+def nvml() -> Iterator[None]:
+    """NVML's library is open inside; it counts how often it was opened, so that nobody closes it for another."""
     pynvml.nvmlInit()
     try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def this_card(index: int = 0) -> memory.Card:
+    """GPU `index` as NVML shows it now."""
+    with nvml():
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         info = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return memory.Card(pynvml.nvmlDeviceGetName(handle), int(info.total), int(info.used))
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def weights_read_s(args: ServeArgs) -> float:
@@ -48,13 +56,10 @@ def weights_read_s(args: ServeArgs) -> float:
 
 def _dram_bytes_per_s(index: int) -> float:
     """Peak: two transfers each clock over the whole width of the bus."""
-    pynvml.nvmlInit()
-    try:
+    with nvml():
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         clock_hz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6
         return float(2.0 * clock_hz * pynvml.nvmlDeviceGetMemoryBusWidth(handle) / 8)
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def plan(
@@ -149,15 +154,13 @@ def chosen_gpus(count: int) -> tuple[int, ...]:
 
 def visible_gpus() -> tuple[int, ...]:
     """NVML's numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves. Raises ValueError for one that does not exist."""
-    pynvml.nvmlInit()
-    try:
+    with nvml():
         return visible_indices(os.environ, int(pynvml.nvmlDeviceGetCount()), uuid_of)
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def uuid_of(index: int) -> str:
-    return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+    with nvml():
+        return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
 
 
 def tightest(args: ServeArgs, cards: Iterable[memory.Card], weights_shared: bool | None = None) -> memory.MemoryPlan:
@@ -186,13 +189,10 @@ def check_mode(args: ServeArgs, paths: mps.MpsPaths, facts: mps.GpuFacts) -> Non
 
 def gpu_facts(index: int) -> mps.GpuFacts:
     """The compute mode of GPU `index`, and the processes that use it."""
-    pynvml.nvmlInit()
-    try:
+    with nvml():
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         mode = _COMPUTE_MODES[pynvml.nvmlDeviceGetComputeMode(handle)]
         return mps.GpuFacts(mode, tuple(p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)))
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def check(args: ServeArgs, name: str) -> str:

@@ -7,7 +7,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,52 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     assert mps.running_daemon(house.paths.pipe) is None
     assert not house.paths.pipe.exists()
     house.state.unlink()
+
+
+class Driver:
+    """NVML with two GPUs, which answers nothing before it is opened and after it was closed."""
+
+    NVML_CLOCK_MEM = 2
+
+    def __init__(self) -> None:
+        self.opened = 0
+
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.opened -= 1
+
+    def __getattr__(self, name: str) -> Any:
+        facts = {
+            "nvmlDeviceGetCount": 2, "nvmlDeviceGetUUID": "GPU-1", "nvmlDeviceGetName": "NVIDIA X",
+            "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(total=40 * GIB, used=GIB), "nvmlDeviceGetComputeMode": 0,
+            "nvmlDeviceGetComputeRunningProcesses": (), "nvmlDeviceGetHandleByIndex": "handle",
+        }  # fmt: skip
+
+        def answer(*_: Any) -> Any:
+            assert self.opened, f"{name} before nvmlInit"
+            return facts[name]
+
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [
+        (gpu_setup.uuid_of, "GPU-1"),
+        (gpu_setup.this_card, Card("NVIDIA X", 40 * GIB, GIB)),
+        (gpu_setup.gpu_facts, mps.GpuFacts("Default", ())),
+    ],
+)
+def test_nvml_is_opened_by_whoever_asks_it_and_closed_again(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[int], object], answer: object
+) -> None:
+    """Nobody may count on another part of the process having it open."""
+    driver = Driver()
+    monkeypatch.setattr(gpu_setup, "pynvml", driver)
+    assert ask(1) == answer
+    assert driver.opened == 0
 
 
 def test_the_plan_takes_the_users_engine_arguments(house: House) -> None:
