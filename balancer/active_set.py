@@ -107,6 +107,7 @@ class ActiveSet:
         self.prompt_ratio = 1.0  # prompt tokens for each output token, as measured
         self._meters: dict[int, Meter] = {}
         self._busy_seconds = 0.0
+        self._busy_before = 0.0
         self._sm: list[tuple[float, float]] = []
         self._window_s = -math.inf
         self._sampled_s = -math.inf
@@ -162,11 +163,14 @@ class ActiveSet:
         length_s = now_s - self._window_s
         if length_s < 2 * WINDOW_S:
             busy = self._busy_seconds / length_s
-            sm = sum(s for s, _ in self._sm) / len(self._sm) if self._sm else None
+            # The counters lag by a tenth of a second or two: the first busy window still shows the calm before it.
+            steady = abs(busy - self._busy_before) < 0.5
+            sm = sum(s for s, _ in self._sm) / len(self._sm) if self._sm and steady else None
             for reading in replicas:
                 self._measure(reading, now_s, busy, sm)
             self.model.fit()
         self._meters = {r.slot: start_meter(r, now_s) for r in replicas}
+        self._busy_before = self._busy_seconds / max(length_s, WINDOW_S)
         self._window_s, self._busy_seconds = now_s, 0.0
         self._sm = self._sm[-1:]
 

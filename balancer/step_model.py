@@ -28,10 +28,12 @@ CELL_MASS = 8.0
 SM_MASS = 2.0
 # Crowding follows from the terms and the terms from crowding: so many rounds at each fit, begun from the last answer.
 ROUNDS = 2
-# With several replicas at work the reading hides how much they wait for one another, so only one's counts.
+# With several replicas at work the reading hides how much they wait for one another: then it only says how much they
+# ask of the device at least (the utilization law: busy time = completions times demand).
 SM_TELLS_UP_TO = 1.5
 # Before anything is known, what part of a step each term is: mostly what grows with the batch, half of it shared. With
 # it, one replica asks for a second wherever the SMs are busy less than about two thirds of the time, and so finds out.
+# Where the reading of the weights was foreseen, its terms tell the parts.
 PRIOR_SHARES = (0.1, 0.4, 0.1, 0.4, 0.0)
 # The prior weighs as much as half a window.
 PRIOR_MASS = 0.5
@@ -101,6 +103,8 @@ class StepModel:
 
     cells: dict[tuple[int, int], Cell] = field(default_factory=dict)
     sm: Cell = field(default_factory=Cell)
+    sm_at_least: Cell = field(default_factory=Cell)
+    prior: Vector | None = None
     terms: Vector = field(default_factory=lambda: [0.0] * TERMS)
     # No fit goes below these: what physics says, where noise and few observations would say less.
     least: Vector = field(default_factory=lambda: [0.0] * TERMS)
@@ -111,14 +115,17 @@ class StepModel:
         """Before anything was measured: a device that does no more at each step than read the weights."""
         own, sequence = UNMEASURED_OWN_S, UNMEASURED_SEQUENCE_S
         terms = [own, sequence, weights_read_s, 0.0, UNMEASURED_PROMPT_S]
-        return StepModel(terms=terms, least=[0.0, 0.0, weights_read_s, 0.0, 0.0])
+        return StepModel(prior=terms, terms=list(terms), least=[0.0, 0.0, weights_read_s, 0.0, 0.0])
 
     def observe(self, batch: float, replicas: float, prompts: float, step_s: float, sm_ratio: float | None) -> None:
         """One window of one replica; `sm_ratio` None when no honest reading of the SMs is at hand."""
         row = [x / step_s for x in features(batch, prompts)]
         self.cells.setdefault(cell_key(replicas, batch), Cell()).add(row, 1.0, replicas)
+        asked = [0.0, 0.0, *(replicas * x for x in row[OWN_TERMS:])]
         if sm_ratio is not None and replicas < SM_TELLS_UP_TO:
-            self.sm.add([0.0, 0.0, *(replicas * x for x in row[OWN_TERMS:])], sm_ratio)
+            self.sm.add(asked, sm_ratio)
+        elif sm_ratio:
+            self.sm_at_least.add([x / sm_ratio for x in asked], 1.0)
         self.most_replicas_seen = max(self.most_replicas_seen, round(replicas))
 
     def fit(self) -> None:
@@ -130,18 +137,31 @@ class StepModel:
 
     def _solve(self) -> None:
         sums = [sum(column) for column in zip(*(c.weighted() for c in self.cells.values()), strict=True)]
-        sm_mass = SM_MASS if self.sm.mass else 0.0
-        sums = [total + sm_mass * m for total, m in zip(sums, (*self.sm.moments, *self.sm.target), strict=True)]
+        for told in self._told():
+            sums = [total + SM_MASS * m for total, m in zip(sums, (*told.moments, *told.target), strict=True)]
         mass = sum(c.mass for c in self.cells.values())
         matrix = [[0.0] * TERMS for _ in range(TERMS)]
         for (i, j), value in zip(_UPPER, sums, strict=False):
             matrix[i][j] = matrix[j][i] = value
         target = sums[len(_UPPER) :]
-        for i in range(TERMS):
-            typical = math.sqrt(matrix[i][i] / mass)
-            matrix[i][i] += PRIOR_MASS * typical * typical + 1e-12
-            target[i] += PRIOR_MASS * typical * PRIOR_SHARES[i]
+        typical = [math.sqrt(matrix[i][i] / mass) for i in range(TERMS)]
+        for i, share in enumerate(self._prior_shares(typical)):
+            matrix[i][i] += PRIOR_MASS * typical[i] * typical[i] + 1e-12
+            target[i] += PRIOR_MASS * typical[i] * share
         self.terms = _bounded(matrix, target, self.terms, self.least)
+
+    def _told(self) -> list[Cell]:
+        """What the SM reading adds to the fit; where it is only a bound, it counts while the terms are below it."""
+        told = [self.sm] if self.sm.mass else []
+        low = self.sm_at_least.mass > 0.0 and self.sm_at_least.fitted(self.terms)[1] < 1.0
+        return [*told, self.sm_at_least] if low else told
+
+    def _prior_shares(self, typical: Vector) -> Vector:
+        """Which part of a typical step each term is expected to be."""
+        if self.prior is None:
+            return list(PRIOR_SHARES)
+        parts = [term * x for term, x in zip(self.prior, typical, strict=True)]
+        return [part / sum(parts) for part in parts]
 
     def step_s(self, batch: float, replicas: float, prompts: float) -> float:
         """The fit, corrected by what was measured in the same cell."""

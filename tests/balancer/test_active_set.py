@@ -71,8 +71,7 @@ class Plant:
         pace = batch / step_s * (1.0 + self.rng.uniform(-self.noise, self.noise))
         for slot in range(size):
             self.made[slot] += TICK_S * pace * self._share(slot, size, batch) / batch
-        own_s = self.truth(batch, 0)
-        busy = min(1.0, 1.0 - own_s / step_s) if size == 1 else 0.9
+        busy = 1.0 - self.truth(batch, 0) / step_s
         reading = gpu(busy, self.now_s) if self.sm else None
         self.set.sample(self.now_s, [self._reading(slot, size, batch, step_s) for slot in range(self.ready)], reading)
 
@@ -252,3 +251,54 @@ def test_one_replica_alone_tells_that_a_small_model_wants_four() -> None:
     rates = {k: 160 / model.step_s(160 / k, k, 0.0) for k in (1, 2, 4)}
     assert rates[1] < rates[2] < rates[4]
     assert rates[4] == pytest.approx(160 / 3.98e-3, rel=0.25)
+
+
+# What reading the weights of Llama-3-8B once takes on an H200, and of a model that is hardly there.
+LARGE_READ_S, SMALL_READ_S = 3.35e-3, 0.02e-3
+
+
+def test_a_busy_device_tells_what_several_replicas_ask_of_it() -> None:
+    """Two replicas of Llama-3-8B as an H200 showed them: steps as long as one replica's would be, the SMs 90 % busy.
+
+    Step times alone would call most of a step the engine's own; the device's reading says that one does better.
+    """
+    told, silent = StepModel.foreseen(LARGE_READ_S), StepModel.foreseen(LARGE_READ_S)
+    for _ in range(8):
+        for batch, step_ms in ((56, 10.8), (8, 10.4)):
+            told.observe(batch, 2.0, 0.0, step_ms * 1e-3, 0.9)
+            silent.observe(batch, 2.0, 0.0, step_ms * 1e-3, None)
+        told.fit()
+        silent.fit()
+
+    def lead(model: StepModel) -> float:
+        return 2 * model.step_s(32, 2.0, 0.0) / (2 * model.step_s(64, 1.0, 0.0))
+
+    assert lead(told) > lead(silent)
+    assert 64 / told.step_s(64, 1.0, 0.0) == pytest.approx(7600, rel=0.1)  # as measured with one
+
+
+@pytest.mark.parametrize(("read_s", "best"), [(LARGE_READ_S, 1), (SMALL_READ_S, 2)])
+def test_a_few_slow_steps_of_a_warming_engine_do_not_overturn_what_was_foreseen(read_s: float, best: int) -> None:
+    """First steps load kernels and mix in prompts; they stretch all parts of a step alike."""
+    model = StepModel.foreseen(read_s)
+    model.observe(32, 1.0, 0.0, 20e-3, None)
+    model.fit()
+    rates = {k: 64 / model.step_s(64 / k, k, 0.0) for k in (1, 2)}
+    assert max(rates, key=rates.__getitem__) == best
+
+
+def test_what_the_device_showed_before_the_load_came_is_not_believed() -> None:
+    """Its counters lag: in the first busy window they still say that it is idle."""
+    active = ActiveSet(Knobs(stale_after_s=1.0))
+
+    def run(begin: int, end: int, sm_ratio: float) -> None:
+        for tick in range(begin, end):
+            now_s = tick * TICK_S
+            busy = replace(IDLE, output_tokens_total=tick * 50, running_requests=5)
+            active.sample(now_s, [busy if tick > 20 else IDLE], gpu(sm_ratio, now_s))
+
+    run(0, 31, 0.0)
+    assert active.model.cells
+    assert active.model.sm.mass == 0.0
+    run(31, 60, 0.5)
+    assert active.model.sm.mass > 0.0
