@@ -2,12 +2,16 @@
 
 One process owns a few GiB, readers multiply a small batch with matrices that lie there (or in memory of their own) as
 an engine's decode steps do, alone and four at once, with and without MPS. A row is the bandwidth that each reader got.
+Memory is shared in both ways that CUDA has: `ipc` handles of `cudaMalloc`, and `mapped` descriptors of its virtual
+memory management. `packed` lays the matrices as `deployments.weight_memory` does: at 8 KiB after one another, in chunks
+of odd sizes; `aligned` begins each at a multiple of 2 MiB.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -19,15 +23,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from cuda.bindings import driver
+
 from benchmarks.workers import answers_on_stdout
-from deployments import mps, weights
+from deployments import mps, weight_memory, weights
 
 ROOT = Path(__file__).parent.parent
-CHUNK_BYTES = 1 << 30
-CHUNKS = 4
+CHUNKS = 15
 ROWS, COLUMNS, BATCH = 14336, 4096, 16
 MEASURED_S = 1.5
 KINDS = ("own", "ipc", "mapped")
+# Bytes of a chunk, and between two matrices in it.
+LAYOUTS = {"aligned": (1 << 30, 0), "packed": ((1 << 30) - 123_136, 8192)}
+# The granularity of device memory that can be mapped: 2 MiB on every card so far.
+_PAGE_BYTES = 2 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,19 +60,18 @@ def rows() -> Iterator[dict[str, Any]]:
     for with_mps in (False, True):
         with contextlib.ExitStack() as stack:
             environment = stack.enter_context(_mps_clients()) if with_mps else dict(mps.ENVIRONMENT_OUTSIDE_MPS)
-            for kind in KINDS:
-                for readers in (1, 4) if with_mps else (1,):
-                    try:
-                        found = measured(kind, readers, environment)
-                        yield {"kind": kind, "mps": with_mps, "readers": readers, "gib_per_s": found}
-                    except (RuntimeError, OSError, ValueError) as error:
-                        yield {"kind": kind, "mps": with_mps, "readers": readers, "failure": str(error)[-800:]}
+            for kind, layout, readers in itertools.product(KINDS, LAYOUTS, (1, 4) if with_mps else (1,)):
+                row = {"kind": kind, "layout": layout, "mps": with_mps, "readers": readers}
+                try:
+                    yield {**row, "gib_per_s": measured(kind, layout, readers, environment)}
+                except (RuntimeError, OSError, ValueError) as error:
+                    yield {**row, "failure": str(error)[-800:]}
 
 
-def measured(kind: str, readers: int, environment: dict[str, str]) -> list[float]:
+def measured(kind: str, layout: str, readers: int, environment: dict[str, str]) -> list[float]:
     """GiB/s of each reader."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        argument, log = f"{kind}:{folder}/owner", Path(folder, "log")
+        argument, log = f"{kind}:{layout}:{folder}/owner", Path(folder, "log")
         if kind != "own":
             _said(stack.enter_context(_process(["own", argument], environment, log)), log)
         children = [stack.enter_context(_process(["read", argument], environment, log)) for _ in range(readers)]
@@ -109,22 +118,18 @@ def _mps_clients() -> Iterator[dict[str, str]]:
 
 def own(argument: str) -> None:
     """The owner's life: memory, a socket that lends it, until it is killed."""
-    import torch
-
-    from deployments.weight_memory import CudaMemory, MappedMemory
-
-    kind, path = argument.split(":")
+    kind, layout, path = argument.split(":")
     answer = answers_on_stdout()
     torch.cuda.set_device(0)
     torch.cuda.init()
-    memory = CudaMemory() if kind == "ipc" else MappedMemory()
+    memory = weight_memory.CudaMemory() if kind == "ipc" else MappedMemory()
     for _ in range(CHUNKS):
-        memory.add(CHUNK_BYTES)
+        memory.add(LAYOUTS[layout][0]).random_()
     memory.seal()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen(8)
-        answer({"owns": CHUNKS * CHUNK_BYTES})
+        answer({"owns": CHUNKS * LAYOUTS[layout][0]})
         while True:
             connection, _ = listener.accept()
             weights.send(connection, {"handles": memory.handles()}, memory.descriptors())
@@ -132,17 +137,16 @@ def own(argument: str) -> None:
 
 def read(argument: str) -> None:
     """A reader's life: map, wait for the beginning, multiply for a while, say how fast."""
-    import torch
-
-    kind, path = argument.split(":")
+    kind, layout, path = argument.split(":")
+    chunk_bytes, gap_bytes = LAYOUTS[layout]
     answer = answers_on_stdout()
     torch.cuda.set_device(0)
     torch.cuda.init()
     size = ROWS * COLUMNS * 2
     matrices = [
         chunk[at : at + size].view(torch.bfloat16).view(ROWS, COLUMNS)
-        for chunk in _chunks(kind, path)
-        for at in range(0, CHUNK_BYTES - size, size)
+        for chunk in _chunks(kind, chunk_bytes, path)
+        for at in range(gap_bytes, chunk_bytes - size, size + gap_bytes)
     ]
     batch = torch.ones(BATCH, COLUMNS, dtype=torch.bfloat16, device="cuda")
     _multiply(batch, matrices)
@@ -156,27 +160,86 @@ def read(argument: str) -> None:
     answer({"gib_per_s": done * len(matrices) * size / (1 << 30) / (time.monotonic() - begin)})
 
 
-def _chunks(kind: str, path: str) -> Any:
-    import torch
-
-    from deployments import weight_memory
-
+def _chunks(kind: str, size: int, path: str) -> list[torch.Tensor]:
     if kind == "own":
-        return [torch.zeros(CHUNK_BYTES, dtype=torch.uint8, device="cuda") for _ in range(CHUNKS)]
+        return [torch.empty(size, dtype=torch.uint8, device="cuda").random_() for _ in range(CHUNKS)]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(path)
         message, descriptors = weights.receive(connection)
     if kind == "ipc":
-        return [weight_memory._open_cuda(handle, CHUNK_BYTES) for handle in message["handles"]]
-    return [weight_memory._open_mapped(descriptor, CHUNK_BYTES) for descriptor in descriptors]
+        return [weight_memory._open_cuda(handle, size) for handle in message["handles"]]
+    return [_open_mapped(descriptor, size) for descriptor in descriptors]
 
 
-def _multiply(batch: Any, matrices: Any) -> None:
-    import torch
-
+def _multiply(batch: torch.Tensor, matrices: Sequence[torch.Tensor]) -> None:
     for matrix in matrices:
         torch.nn.functional.linear(batch, matrix)
     torch.cuda.synchronize()
+
+
+class MappedMemory:
+    """Device memory that a process maps where and how it likes, passed on as descriptors (CUDA's virtual memory
+    management)."""
+
+    def __init__(self) -> None:
+        self._chunks: list[torch.Tensor] = []
+        self._files: list[int] = []
+
+    def add(self, size_bytes: int) -> torch.Tensor:
+        torch.cuda.synchronize()
+        properties = _allocation_properties()
+        handle = _ok(driver.cuMemCreate(_whole_pages(size_bytes), properties, 0))
+        kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        self._files.append(int(_ok(driver.cuMemExportToShareableHandle(handle, kind, 0))))
+        self._chunks.append(_map_handle(handle, size_bytes).zero_())
+        return self._chunks[-1]
+
+    def seal(self) -> list[torch.Tensor]:
+        torch.cuda.synchronize()
+        return self._chunks
+
+    def handles(self) -> list[str]:
+        return []
+
+    def descriptors(self) -> list[int]:
+        return self._files
+
+
+def _open_mapped(descriptor: int, size_bytes: int) -> torch.Tensor:
+    torch.cuda.synchronize()
+    kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    return _map_handle(_ok(driver.cuMemImportFromShareableHandle(descriptor, kind)), size_bytes)
+
+
+def _map_handle(handle: Any, size_bytes: int) -> torch.Tensor:
+    """For as long as this process lives."""
+    size, access = _whole_pages(size_bytes), driver.CUmemAccessDesc()
+    address = _ok(driver.cuMemAddressReserve(size, _PAGE_BYTES, 0, 0))
+    _ok(driver.cuMemMap(address, size, 0, handle, 0))
+    access.location = _allocation_properties().location
+    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    _ok(driver.cuMemSetAccess(address, size, [access], 1))
+    return weight_memory._cuda_bytes(int(address), size_bytes)
+
+
+def _allocation_properties() -> Any:
+    properties = driver.CUmemAllocationProp()
+    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = torch.cuda.current_device()
+    properties.requestedHandleTypes = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    return properties
+
+
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _ok(answer: tuple[Any, ...]) -> Any:
+    """What a driver's call returned. Raises RuntimeError with the driver's word."""
+    if answer[0] != 0:
+        raise RuntimeError(f"the driver answered {answer[0].name}")
+    return answer[1] if len(answer) > 1 else None
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ CHUNK_BYTES = 1 << 30
 _ALIGN_BYTES = 256
 # Fingerprints are summed in pieces, so that their temporaries stay small on a full GPU.
 _PIECE_WORDS = 1 << 20
-# The granularity of device memory that can be mapped: 2 MiB on every card so far.
-_PAGE_BYTES = 2 << 20
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -139,79 +137,6 @@ def _cuda_runtime() -> Any:
 
     torch.cuda.synchronize()
     return CudaRTLibrary()
-
-
-class MappedMemory:
-    """Device memory that a process maps where and how it likes, passed on as descriptors (CUDA's virtual memory
-    management). Unlike memory behind an IPC handle, it is mapped in pages as large as the owner's."""
-
-    def __init__(self) -> None:
-        self._chunks: list[torch.Tensor] = []
-        self._files: list[int] = []
-
-    def add(self, size_bytes: int) -> torch.Tensor:
-        from cuda.bindings import driver
-
-        torch.cuda.synchronize()
-        properties = _allocation_properties()
-        handle = _ok(driver.cuMemCreate(_whole_pages(size_bytes), properties, 0))
-        kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        self._files.append(int(_ok(driver.cuMemExportToShareableHandle(handle, kind, 0))))
-        self._chunks.append(_map_handle(handle, size_bytes).zero_())
-        return self._chunks[-1]
-
-    def seal(self) -> list[torch.Tensor]:
-        torch.cuda.synchronize()
-        return self._chunks
-
-    def handles(self) -> list[str]:
-        return []
-
-    def descriptors(self) -> list[int]:
-        return self._files
-
-
-def _open_mapped(descriptor: int, size_bytes: int) -> torch.Tensor:
-    from cuda.bindings import driver
-
-    torch.cuda.synchronize()
-    kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-    return _map_handle(_ok(driver.cuMemImportFromShareableHandle(descriptor, kind)), size_bytes)
-
-
-def _map_handle(handle: Any, size_bytes: int) -> torch.Tensor:
-    """For as long as this process lives."""
-    from cuda.bindings import driver
-
-    size, access = _whole_pages(size_bytes), driver.CUmemAccessDesc()
-    address = _ok(driver.cuMemAddressReserve(size, _PAGE_BYTES, 0, 0))
-    _ok(driver.cuMemMap(address, size, 0, handle, 0))
-    access.location = _allocation_properties().location
-    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    _ok(driver.cuMemSetAccess(address, size, [access], 1))
-    return _cuda_bytes(int(address), size_bytes)
-
-
-def _allocation_properties() -> Any:
-    from cuda.bindings import driver
-
-    properties = driver.CUmemAllocationProp()
-    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-    properties.location.id = torch.cuda.current_device()
-    properties.requestedHandleTypes = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-    return properties
-
-
-def _whole_pages(size_bytes: int) -> int:
-    return -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
-
-
-def _ok(answer: tuple[Any, ...]) -> Any:
-    """What a driver's call returned. Raises WeightsError with the driver's word."""
-    if answer[0] != 0:
-        raise WeightsError(f"the driver cannot share the weights ({answer[0].name}): set `weights: private`")
-    return answer[1] if len(answer) > 1 else None
 
 
 class _DeviceBytes:
