@@ -18,7 +18,7 @@ for python in "${PYTHON:-}" python3 python3.12 python3.11; do
 done
 [ -n "$python" ] || { echo "setup: no Python 3.11 or 3.12 found; install one, or name it with PYTHON=..." >&2; exit 1; }
 
-echo "setup: $("$python" --version), vLLM for the $extra, into .venv (about a minute)"
+echo "setup: $("$python" --version), vLLM for the $extra, into .venv (about two minutes)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv==0.13.9'
 
@@ -30,5 +30,7 @@ backend=()
 if [ "$extra" = cpu ] && ! ls ${UV_FIND_LINKS:+$(echo "$UV_FIND_LINKS" | tr ',' ' ')} 2>/dev/null | grep -q '^torch-.*+cpu'; then
     backend=(--torch-backend cpu)
 fi
-.venv/bin/uv pip install --quiet ${backend[@]+"${backend[@]}"} -e ".[$extra,dev,bench]"
+# Compiled now, once: where Python may not write bytecode (containers often forbid it) each of a dozen processes would
+# compile vLLM anew at every start.
+.venv/bin/uv pip install --quiet --compile-bytecode ${backend[@]+"${backend[@]}"} -e ".[$extra,dev,bench]"
 touch "$stamp"
