@@ -123,7 +123,7 @@ class Cost:
 
 
 H200 = Cost(400_000, 0.0025, 2.5e-5, 0.012, 5e-5, {Stage.APART: 45, Stage.MPS: 45, Stage.SERVED: 150})
-TWO_CORES = Cost(15_000, 0.015, 5e-4, 0.02, 1e-3, {Stage.APART: 100, Stage.MPS: 0, Stage.SERVED: 180}, 8_000.0)
+TWO_CORES = Cost(15_000, 0.015, 5e-4, 0.02, 1e-3, {Stage.APART: 100, Stage.MPS: 0, Stage.SERVED: 150}, 8_000.0)
 
 
 @dataclass(frozen=True, slots=True)

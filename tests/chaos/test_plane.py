@@ -16,7 +16,7 @@ from benchmarks import chaos
 from benchmarks.plane import Plane
 from deployments.limits import Limits
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.timeout(280)
 
 
 def run(what: Awaitable[Any]) -> Any:

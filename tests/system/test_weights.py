@@ -21,7 +21,7 @@ from deployments.processes import WEIGHTS_VARIABLE, runs_folder
 from deployments.weight_house import WeightHouse
 from deployments.weights import WeightStatus, statuses
 
-pytestmark = [pytest.mark.system, pytest.mark.long]
+pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).parent.parent.parent
 # 270 MB of weights: enough to be seen beside what an engine takes for itself.
