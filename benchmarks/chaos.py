@@ -38,6 +38,8 @@ from deployments.limits import Limits
 # What a client can say of a request. `left` hung up on purpose: the server may have been faster.
 _AT_MOST_S = 3600.0
 COMPLETED, REJECTED, FAILED, LEFT = "completed", "rejected", "failed", "left"
+# HAProxy's own refusals: the ledger knows such a request as lost on its way, or not at all.
+_BY_HAPROXY_ALONE = ("replica_unreachable", "router_unreachable")
 Figures = dict[str, Any]
 
 
@@ -101,7 +103,7 @@ def _end(status: int, body: bytes, whole: bool, streamed: bool) -> str:
         return FAILED
     if status != 200:
         code = json.loads(body)["error"]["code"]  # whoever refuses says why, as OpenAI does
-        return FAILED if code == "replica_unreachable" else REJECTED
+        return FAILED if code in _BY_HAPROXY_ALONE else REJECTED
     return FAILED if streamed and b"data: [DONE]" not in body else COMPLETED
 
 

@@ -132,7 +132,6 @@ def _error(answer: Answer) -> Any:
     return None
 
 
-@pytest.mark.long
 def test_a_client_that_hangs_up_ends_every_part(system: System) -> None:
     """Within seconds of the hang-up nothing of the batch runs on any replica."""
     deadline_s = time.monotonic() + REST_LIMIT_S

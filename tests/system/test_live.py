@@ -70,7 +70,6 @@ def test_the_last_decisions_can_be_read(echo: System) -> None:
     assert 77 in [json.loads(line)["output_tokens"] for line in lines]
 
 
-@pytest.mark.long
 def test_another_policy_comes_into_force_without_restarting_a_replica(echo: System, folder: Path) -> None:
     before = _replica_processes(echo)
     try:

@@ -158,6 +158,7 @@ def test_with_the_host_all_that_share_end_and_say_why(site: Site) -> None:
     assert all(site.private.ask("texts"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_system_lends_one_copy_and_survives_its_host(tmp_path: Path) -> None:
     """`weights: shared` serves from one host; when that is killed all replicas start anew with another, by themselves.
