@@ -144,7 +144,7 @@ class DeviceManager:
 
     def _weight_house(self, raw_args: dict[str, Any], run: str, gpu: int) -> WeightHouse:
         engine = self._house.settings(gpu).engine if self._house else {}
-        folder = folder_of(run) / f"gpu{gpu}"
+        folder = weights.gpu_folder(folder_of(run), gpu)
         folder.mkdir(mode=0o700, exist_ok=True)
         return WeightHouse(folder, raw_args, model_path(self._args), engine, lifeline(run))
 

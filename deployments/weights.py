@@ -218,9 +218,14 @@ def read_status(path: Path) -> WeightStatus | None:
     return WeightStatus(**{**raw, "followers": tuple(Follower(**entry) for entry in raw["followers"])})
 
 
+def gpu_folder(run_folder: Path, gpu: int) -> Path:
+    """Where the hosts of a GPU have their sockets and status files."""
+    return run_folder / f"gpu{gpu}"
+
+
 def statuses(run_folder: Path) -> list[WeightStatus]:
     """Every weight host of the run whose private folder this is: what an exporter shows."""
-    found = (read_status(path) for path in sorted(run_folder.glob("weights-*.json")))
+    found = (read_status(path) for path in sorted(run_folder.glob("gpu*/weights-*.json")))
     return [status for status in found if status is not None]
 
 

@@ -126,9 +126,11 @@ def test_a_run_shows_what_its_hosts_share(tmp_path: Path) -> None:
     status = WeightStatus(
         "ready", 7, 99, 1 << 30, 2.5, followers=(Follower(11, 10, 128, 0.2), Follower(13, 12, 64, 0.1))
     )
-    weights.write_status(tmp_path / "weights-1.json", status)
+    folder = weights.gpu_folder(tmp_path, 3)
+    folder.mkdir()
+    weights.write_status(folder / "weights-1.json", status)
     assert weights.statuses(tmp_path) == [status]
-    assert [path.name for path in tmp_path.iterdir()] == ["weights-1.json"]
+    assert [path.name for path in folder.iterdir()] == ["weights-1.json"]
 
 
 def test_without_a_host_a_replica_says_so(tmp_path: Path) -> None:
