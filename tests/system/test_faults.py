@@ -175,10 +175,13 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
         until(lambda: sum(r.state.name == "READY" for r in readings(system)) == 2, within_s=300.0)
         # Ready for the board is not yet known to HAProxy; only what answers can stand in for the next one.
         until(lambda: len({system.complete(max_tokens=2).replica for _ in range(6)}) == 2, within_s=60.0)
+        # Found before the stream begins, which may be over by the time that a slow machine has looked at all processes.
+        workers = {
+            r.replica_id: next(p for p in processes_named(system, "Worker") if p.ppid() in engine_pids(system, r.slot))
+            for r in readings(system)
+        }
         (stream,) = streams.start(system.url, **LONG)
-        slot = next(r.slot for r in readings(system) if r.replica_id.endswith(stream.replica))
-        worker = next(p for p in processes_named(system, "Worker") if p.ppid() in engine_pids(system, slot))
-        worker.kill()  # of the engine, which dies of it
+        next(p for name, p in workers.items() if name.endswith(stream.replica)).kill()  # its engine dies of it
         assert stream.ended.wait(60)
         assert stream.error.get("code"), stream.text[-200:]
         assert system.complete(max_tokens=2).status == 200
