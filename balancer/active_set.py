@@ -122,7 +122,7 @@ class ActiveSet:
         self._news_s = -math.inf
         self._turns = 0
         self._grew = True
-        self._leader = 0
+        self._leading = 0
         self._leads_since_s = -math.inf
 
     def due(self, now_s: float) -> bool:
@@ -270,9 +270,13 @@ class ActiveSet:
         return self.size
 
     def _lasting(self, best: int) -> bool:
-        """Whether another size has led for so long that even a lead too small for a quick change is no noise."""
-        if best == self.size or best != self._leader:
-            self._leader, self._leads_since_s = best, self._demand_s
+        """Whether smaller sizes, or larger ones, have led for so long that even a small lead is no noise.
+
+        Which of them leads may change: beside each other they differ by less than the noise.
+        """
+        side = (best > self.size) - (best < self.size)
+        if side == 0 or side != self._leading:
+            self._leading, self._leads_since_s = side, self._demand_s
         needed_s = LASTING_S * self._calm * (SHRINK_PATIENCE if best < self.size else 1.0)
         return best != self.size and self._demand_s - self._leads_since_s >= needed_s
 
