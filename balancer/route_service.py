@@ -212,7 +212,7 @@ class RouteService:
             self._dispatcher.expect(sequences, snapshot)
         ticket = Ticket(self._dispatcher.knobs.policy, "managed", sequences=0)
         manager = least(ready, lambda replica: replica.assigned_requests, self._rng)
-        return _name(manager, ticket, {ROUTER_HEADER: self._address} if self._address else {})
+        return self._named(manager, ticket, {ROUTER_HEADER: self._address} if self._address else {})
 
     @property
     def waiting(self) -> int:
@@ -289,7 +289,7 @@ class RouteService:
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s, cost.sequences)
             ticket = _ticket(policy, decision, self._row.index, cost, waited_s)
             self._page.hand_over()
-            return _name(replica, ticket, extra, self._address_of(replica) if hint.part else "")
+            return self._named(replica, ticket, extra)
         # HAProxy turns any refusal of ours into a bare 503, so a replica has to speak it, whatever its state.
         if not self._speakers:
             self._page.end(End.REJECTED)
@@ -299,11 +299,12 @@ class RouteService:
             policy, decision.reason, status=decision.status, retry_after_s=decision.retry_after_s, slot=speaker.slot
         )
         self._page.hand_over()
-        return _name(speaker, ticket, extra)
+        return self._named(speaker, ticket, extra)
 
-    def _address_of(self, replica: ReplicaReading) -> str:
-        """Where HAProxy sends what is for this replica; "" when that is not known (yet)."""
-        return (self._reachable or {}).get(haproxy_view.server_name(replica.replica_id), "")
+    def _named(self, replica: ReplicaReading, ticket: Ticket, extra: Mapping[str, str]) -> Answer:
+        """With the address, where it is known: a HAProxy that was replaced while it asked knows no later replica."""
+        address = (self._reachable or {}).get(haproxy_view.server_name(replica.replica_id), "")
+        return _name(replica, ticket, extra, address)
 
     def _snapshot(self) -> Snapshot:
         """The board as it is now, without the replicas that HAProxy cannot reach or that are out of rotation."""

@@ -201,6 +201,8 @@ async def storm_with_kills(requests: int, kill_every_s: float) -> Figures:
         healing.cancel()
         settled_s = await settle(running)
         figures = compare(seen, before, ledger.settled(running.ledger()), torn=running.restarts * batch)
+        # A kill costs what the replica had in its hands, and what was on the way there.
+        assert figures["server_failed"] <= 2 * batch * running.restarts, figures
         return {**figures, "offered_per_s": round(1.5 * capacity_per_s), "kills": running.restarts,
                 "settled_s": round(settled_s, 3)}  # fmt: skip
 

@@ -23,7 +23,7 @@ from deployments.places import Places, RestartPolicy
 from deployments.processes import WEIGHTS_VARIABLE
 from deployments.weight_house import WeightHouse, folder_of, lifeline
 from monitoring.exporter import Exporter
-from monitoring.exposition import MpsView
+from monitoring.exposition import MpsView, SharedWeights
 from monitoring.sampler import Sampler, open_reader
 
 logger = logging.getLogger("ray.serve")
@@ -202,9 +202,17 @@ class DeviceManager:
         keeper = self._house.keeper if self._house else None
         view = MpsWatch(keeper, self._reader.mps_client_pids).view if keeper else MpsView
         slots = min(REPLICA_SLOTS, 2 * args.total_replicas)
-        exporter = Exporter(board, args.total_replicas, slots=slots, mps=view)
+        exporter = Exporter(board, args.total_replicas, slots=slots, mps=view, weights=self._shared_weights)
         exporter.start(port)
         return exporter
+
+    def _shared_weights(self) -> list[SharedWeights]:
+        found = [(gpu, house.status()) for gpu, house in list(self._weights.items())]
+        return [
+            SharedWeights(gpu, status.shared_bytes, frozenset(f.replica_pid for f in status.followers))
+            for gpu, status in found
+            if status is not None and status.state == "ready"
+        ]
 
     def _write(self, reading: GpuReading) -> None:
         if self._board.replaced():

@@ -26,6 +26,30 @@ _SERVES_OWN = ("/-/healthz", "/-/routes")
 _REQUEST_ID = "^[A-Za-z0-9._:-]{1,128}$"
 # One entry for each key that was shown lately; the least used is forgotten first.
 _KEYS_TABLE = "backend splitwiser_keys\n    stick-table type string len 64 size 64k expire 10m store http_req_cnt\n"
+# A request waits for its replica in the HAProxy that took it. That one may have been replaced meanwhile, and then knows
+# none of the replicas that came later; the router says where they are.
+_BY_ADDRESS = """backend splitwiser_by_address
+    http-reuse never
+    http-request set-dst var(txn.splitwiser_host)
+    http-request set-dst-port var(txn.splitwiser_port)
+    server replica 0.0.0.0:0
+"""
+SCRIPT_EDITS: list[Edit] = [
+    (
+        r"^    if not server_name then\n",
+        r"""    local host, port = response_body:match('"address"%s*:%s*"([%d.]+):(%d+)"')
+    if not server_name and host then
+        set_router_response_headers(txn, response_body)
+        txn:set_var("txn.splitwiser_host", host)
+        txn:set_var("txn.splitwiser_port", port)
+        txn:set_var("txn.via_ingress_request_router", true)
+        return
+    end
+    if not server_name then
+""",
+        1,
+    )
+]
 # What Serve turns into a bare 500 each; said as the rest of the system says it.
 _SERVER_ERRORS = {
     502: ("Bad Gateway", "replica_died", "the replica broke off before it answered; send the request again"),
@@ -58,7 +82,9 @@ def write_stand_in(
 ) -> None:
     """The script that Serve starts instead of HAProxy's binary, and what it needs, in the run's private folder."""
     plan, script = folder / "haproxy.json", folder / name
-    plan.write_text(json.dumps(edits(folder, entrance, host, loopback_ports)))
+    plan.write_text(
+        json.dumps({"configuration": edits(folder, entrance, host, loopback_ports), "script": SCRIPT_EDITS})
+    )
     for status, words in _OWN_ERRORS.items():
         (folder / f"{status}.http").write_text(_page(status, *words), newline="")
     for status, words in _SERVER_ERRORS.items():
@@ -90,13 +116,14 @@ def edits(folder: Path, entrance: Entrance, host: str, loopback_ports: Sequence[
         (
             r'^( *http-request return status 503) content-type text/plain lf-string "Ingress request router.*',
             rf"\1 content-type application/json file {folder}/no-router.json hdr Retry-After {_RETRY_AFTER_S}"
-            " if METH_POST has_ingress_request_router_app !{ var(txn.via_ingress_request_router) -m found }",
+            " if METH_POST has_ingress_request_router_app !{ var(txn.via_ingress_request_router) -m found }"
+            "\n    use_backend splitwiser_by_address if { var(txn.splitwiser_host) -m found }",
             0,
         ),
         # Behind the replicas Serve puts its own proxy, which keeps requests for as long as none is there.
         (r"^( *server \S+ .*\bbackup)$", r"\1 weight 0", 0),
         (r"wait-for-body time \d+s ", f"wait-for-body time {_ms(entrance.body_s)} ", 0),
-        (r"\Z", _literal(_KEYS_TABLE), 1),
+        (r"\Z", _literal(_KEYS_TABLE + _BY_ADDRESS), 1),
     ]
 
 

@@ -145,9 +145,10 @@ def _life() -> list[Builder[Panel]]:
             Query(state_number(_SLOT), "replica {{slot}}"),
         ),
         graph(
-            Words("Memory", "Device memory held by this replica (the host's without a GPU)."),
+            Words("Memory", "Device memory of this replica's own (the host's without a GPU); shared weights it maps."),
             "bytes",
-            Query(f"sum(splitwiser_replica_gpu_memory_bytes{_ONE})", "held"),
+            Query(f"sum(splitwiser_replica_gpu_memory_bytes{_ONE})", "its own"),
+            Query(f"sum(splitwiser_replica_shared_weights_bytes{_ONE}) or vector(0)", "shared weights"),
         ),
         graph(
             Words("Starts and time to load", "Replicas seen to begin here; how long the present one took to be ready."),

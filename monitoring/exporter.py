@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +15,7 @@ from balancer import ledger
 from balancer.board import REPLICA_SLOTS, Board
 from balancer.counters import CountersReader
 from balancer.readings import ReplicaReading, Snapshot
-from monitoring.exposition import MpsView, NodeView, render
+from monitoring.exposition import MpsView, NodeView, SharedWeights, render
 from monitoring.lives import LifeWatch
 
 ADDRESS = "127.0.0.1"
@@ -26,7 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Exporter:
     """Serves one node's metrics on `/metrics`, and with them what others register on `registry`.
 
-    `mps` is asked at every scrape, so it must answer at once, from what is known.
+    `mps` and `weights` are asked at every scrape, so they must answer at once, from what is known.
     `slots` is how many slots are shown even when empty: the replicas configured, and room for their successors.
     """
 
@@ -38,6 +38,7 @@ class Exporter:
         slots: int = REPLICA_SLOTS,
         gpus: tuple[int, ...] = (0,),
         mps: Callable[[], MpsView] = MpsView,
+        weights: Callable[[], Sequence[SharedWeights]] = tuple,
         clock: Callable[[], float] = time.monotonic,
         registry: CollectorRegistry | None = None,
     ) -> None:
@@ -47,6 +48,7 @@ class Exporter:
         self._slots = tuple(range(slots))
         self._gpus = gpus
         self._mps = mps
+        self._weights = weights
         self._clock = clock
         self._board: Board | None = None
         self._last: dict[int, ReplicaReading] = {}
@@ -58,7 +60,7 @@ class Exporter:
     def look(self) -> NodeView:
         """What there is to see now. Calling it more often than Prometheus does makes start and load times finer."""
         with self._turn:
-            snapshot = self._snapshot()
+            snapshot, copies = self._snapshot(), self._weights()
             return NodeView(
                 snapshot or Snapshot(self._clock(), ()),
                 self._counters.read(),
@@ -69,6 +71,8 @@ class Exporter:
                 self._slots,
                 self._gpus,
                 ledger.read(self._path),
+                {copy.gpu: copy.size_bytes for copy in copies},
+                self._mapped(copies),
             )
 
     def scrape(self) -> bytes:
@@ -100,6 +104,14 @@ class Exporter:
         if self._board is None and self._path.exists():
             self._board = Board.open(self._path)
         return self._mended(self._board.snapshot(self._clock())) if self._board else None
+
+    def _mapped(self, copies: Sequence[SharedWeights]) -> dict[int, int]:
+        """The weights that each slot's replica maps; slots whose replica has its own are left out."""
+        sizes = {pid: copy.size_bytes for copy in copies for pid in copy.replica_pids}
+        if not self._board or not sizes:
+            return {}
+        owners = {slot: self._board.owner(slot) for slot in self._slots}
+        return {slot: sizes[owner.pid] for slot, owner in owners.items() if owner and owner.pid in sizes}
 
     def _mended(self, snapshot: Snapshot) -> Snapshot:
         """With the last whole reading of each torn slot: a counter that fell to 0 and came back would count twice."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import accumulate, repeat
 from operator import attrgetter
@@ -39,8 +39,20 @@ class MpsView:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """A GPU's one copy of the weights, and the processes of the replicas that map it."""
+
+    gpu: int
+    size_bytes: int
+    replica_pids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeView:
-    """Everything that one scrape shows. `slots` and `gpus` are always shown, occupied or not."""
+    """Everything that one scrape shows. `slots` and `gpus` are always shown, occupied or not.
+
+    `weights_bytes` is by GPU, and `mapped_weights_bytes` by the slot that maps them.
+    """
 
     snapshot: Snapshot
     totals: RouterTotals
@@ -51,6 +63,8 @@ class NodeView:
     slots: tuple[int, ...] = tuple(range(REPLICA_SLOTS))
     gpus: tuple[int, ...] = (0,)
     ends: ledger.Totals = ledger.NOTHING
+    weights_bytes: Mapping[int, int] = field(default_factory=dict)
+    mapped_weights_bytes: Mapping[int, int] = field(default_factory=dict)
 
 
 @cache
@@ -127,6 +141,7 @@ def _gpus(view: NodeView) -> Iterator[Family]:
     yield m.GPU_AGE, names, [view.snapshot.now_s - gpu.taken_at_s if gpu else math.nan for gpu in gpus]
     for metric, value in _GPU_GAUGES:
         yield metric, names, [_or_nan(value(gpu) if gpu else None) for gpu in gpus]
+    yield m.GPU_WEIGHTS, names, [view.weights_bytes.get(index, 0) for index in indices]
 
 
 # What an empty slot holds is nothing: zeros, so that sums over slots need no filter.
@@ -164,6 +179,7 @@ def _replicas(view: NodeView) -> Iterator[Family]:
     for metric, value in _REPLICA_VALUES:
         yield metric, names, [value(r) if r else 0 for r in replicas]
     yield m.REPLICA_AGE, names, [view.snapshot.now_s - r.written_at_s if r else math.nan for r in replicas]
+    yield m.REPLICA_WEIGHTS, names, [view.mapped_weights_bytes.get(slot, 0) for slot in slots]
     yield m.REPLICA_ACTIVE, names, [slot in view.totals.active and slot in by_slot for slot in slots]
     lives = [view.lives.get(slot, NO_LIFE) for slot in slots]
     yield m.REPLICA_STARTS, names, [life.starts for life in lives]

@@ -10,7 +10,7 @@ from monitoring.reader import UTILIZATION_WINDOW_S, ReadingError, ratio
 
 
 class HostReader:
-    """The host in a GPU's place: CPU utilization as `sm_ratio`, the machine's memory, the RSS of each of `pids()`.
+    """The host in a GPU's place: CPU utilization as `sm_ratio`, the machine's memory, what each of `pids()` has alone.
 
     `host` is the module psutil, or a fake of it. psutil keeps CPU times for each thread apart, so the first window
     of a second thread would read as idle: keep to one.
@@ -57,7 +57,8 @@ class HostReader:
         held: dict[int, int] = {}
         for pid in self._pids():
             try:
-                held[pid] = self._host.Process(pid).memory_info().rss
+                memory = self._host.Process(pid).memory_info()
+                held[pid] = memory.rss - memory.shared  # pages of shared weights are everybody's
             except self._host.NoSuchProcess:
                 continue  # it ended between being named and being asked: it holds nothing
             except self._host.AccessDenied as error:

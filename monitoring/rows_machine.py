@@ -31,6 +31,8 @@ from monitoring.promql import (
 def gpu_and_mps() -> list[Builder[Panel]]:
     own = f"{{{OURS}}}"
     held = f"sum(splitwiser_replica_gpu_memory_bytes{own})"
+    shared = f"(sum(splitwiser_gpu_shared_weights_bytes{own}) or vector(0))"  # recordings of before have none
+    used = f"sum(splitwiser_gpu_memory_used_bytes{own})"
     return [
         graph(
             Words(
@@ -45,10 +47,14 @@ def gpu_and_mps() -> list[Builder[Panel]]:
             ceiling=1.0,
         ),
         graph(
-            Words("Memory by holder", "Held by each replica, and by everything else: together what is used."),
+            Words(
+                "Memory by holder",
+                "Each replica's own, the weights that replicas share, everything else: together what is used.",
+            ),
             "bytes",
             Query(per_slot("splitwiser_replica_gpu_memory_bytes"), "replica {{slot}}"),
-            Query(f"clamp_min(sum(splitwiser_gpu_memory_used_bytes{own}) - {held}, 0)", "others"),
+            Query(shared, "shared weights"),
+            Query(f"clamp_min({used} - {held} - {shared}, 0)", "others"),
             stacked=True,
         ),
         graph(

@@ -591,13 +591,13 @@ def test_what_is_not_split_is_weighed_as_a_whole(house: House, hint: Hint, split
     assert (reading.on_the_way_requests, reading.on_the_way_tokens) == (16, ticket.tokens)
 
 
-def test_a_part_learns_where_its_replica_listens(house: House) -> None:
-    """The address that HAProxy uses; other requests, which HAProxy sends itself, are not told."""
+def test_who_asks_learns_where_the_replica_listens(house: House) -> None:
+    """Whoever brings a part there by itself, and a HAProxy that was replaced and knows no later replica."""
     house.replica("app#Replica#a")
     router = house.router(split_from=8)
     router._reachable = {"app-Replica-a": "127.0.0.1:30001"}
     addresses = [json.loads(router.route(BODY, hint)[1]).get("address") for hint in (Hint(part=True), Hint())]  # type: ignore[index]
-    assert addresses == ["127.0.0.1:30001", None]
+    assert addresses == ["127.0.0.1:30001", "127.0.0.1:30001"]
 
 
 def test_parts_with_one_beginning_are_spread_all_the_same(house: House) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import http.server
 import importlib.util
 import json
 import os
 import re
 import socket
+import string
 import subprocess
 import threading
 import time
@@ -66,13 +68,17 @@ listen stats
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """Stands for a replica: answers with the headers it was sent, after `x-wait` seconds."""
+    """Stands for a replica: answers with the headers it was sent, those with `x-hold` once they are let go."""
 
     protocol_version = "HTTP/1.1"
+    held = threading.Semaphore(0)
+    let_go = threading.Event()
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
-        time.sleep(float(self.headers.get("x-wait", 0)))
+        if "x-hold" in self.headers:
+            self.held.release()
+            assert self.let_go.wait(30)
         body = json.dumps({name.lower(): value for name, value in self.headers.items()}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
@@ -286,20 +292,22 @@ def test_requests_at_once_are_counted_for_each_key(proxy: Proxy, header: str) ->
     """The third of three sees three, another key's first sees one, and afterwards the count is back."""
     counted: list[int] = []
 
-    def ask(key: str, wait: str) -> None:
-        seen = proxy.ask("/v1/models", x_wait=wait, **{header: key})[1]
+    def ask(key: str, **more: str) -> None:
+        seen = proxy.ask("/v1/models", **{header: key}, **more)[1]
         counted.append(hint.Hint.decode(seen[hint.HEADER]).concurrent)
 
-    threads = [threading.Thread(target=ask, args=("Bearer same-key", "0.5")) for _ in range(3)]
+    Echo.let_go.clear()
+    threads = [threading.Thread(target=ask, args=("Bearer same-key",), kwargs={"x_hold": "1"}) for _ in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
-    ask("Bearer other-key", "0")
+        assert Echo.held.acquire(timeout=10)
+    ask("Bearer other-key")
     assert counted == [1]
+    Echo.let_go.set()
     for thread in threads:
         thread.join()
     assert sorted(counted[1:]) == [1, 2, 3]
-    ask("Bearer same-key", "0")
+    ask("Bearer same-key")
     assert counted[-1] == 1
 
 
@@ -307,6 +315,63 @@ def test_what_the_router_was_not_asked_about_reaches_no_replica(proxy: Proxy) ->
     """HAProxy ends the router's script without a word when a client leaves, and would send its request anywhere."""
     assert proxy.ask("/v1/completions", "POST", b"{}", x_routed="1")[0] == 200
     status, body = proxy.ask("/v1/completions", "POST", b"{}", x_unrouted="1")
+    assert status == 503
+    assert is_openai_error(body, "router_unreachable")
+
+
+class Router(http.server.BaseHTTPRequestHandler):
+    """Names a replica that came after the HAProxy that asks, with its address."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        named = {"replica_id": "late", "request_headers": {"x-ticket": "t"}, "address": self.headers[hint.SESSION]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(named).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def replaced(tmp_path: Path) -> Iterator[tuple[Proxy, int]]:
+    """HAProxy with Ray Serve's own script, whose table of replicas is empty; and where a replica listens."""
+    servers = [Upstream(("127.0.0.1", 0), handler) for handler in (Router, Echo)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    router, replica = (server.server_port for server in servers)
+    script = (_serve_folder() / "ingress_request_router.lua.tmpl").read_text()
+    pool = f'{{ ["http-default"] = {{ {{ host = "127.0.0.1", port = {router}, host_header = "x" }} }} }}'
+    values = collections.defaultdict(str, TIMEOUT_S="5", FORWARD_BODY="true", SESSION_HEADER=hint.SESSION)
+    values |= {"ROUTERS": pool, "REPLICA_TARGETS": '{ ["http-default"] = {} }'}
+    (tmp_path / "router.lua").write_text(string.Template(script).substitute(values))
+    ports = {name: free_port() for name in ("public", "metrics", "stats")}
+    serves = SERVES.format(folder=tmp_path, upstream=free_port(), **ports)
+    serves = serves.replace("global\n", f"global\n    lua-load-per-thread {tmp_path}/router.lua\n", 1)
+    asks = '    http-request set-var(txn.ingress_request_router_app) str("http-default")\n'
+    asks += "    http-request lua.route_via_ingress_request_router if METH_POST\n"
+    acl = "    acl has_ingress_request_router_app req.hdr(x-unrouted) -m found\n"
+    (tmp_path / "haproxy.cfg").write_text(serves.replace(acl, acl + asks, 1))
+    binary, listening = get_haproxy_binary(), [ports["metrics"], ports["stats"]]
+    ingress.write_stand_in(tmp_path, "haproxy", binary, LIMITS, "127.0.0.2", listening)
+    command = [tmp_path / "haproxy", "-db", "-f", tmp_path / "haproxy.cfg"]
+    process = subprocess.Popen(command, stderr=(tmp_path / "err").open("w"))
+    _until(lambda: (tmp_path / "ctl").exists(), process, tmp_path / "err")
+    yield Proxy(tmp_path, ports), replica
+    process.terminate()
+    process.wait(10)
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_replica_that_came_after_haproxy_was_asked_is_found_by_its_address(replaced: tuple[Proxy, int]) -> None:
+    """A request that waited in the router belongs to the HAProxy that took it, and the replicas it knew may be gone."""
+    proxy, replica = replaced
+    sent = {"x_unrouted": "1", hint.SESSION.replace("-", "_"): f"127.0.0.1:{replica}"}
+    status, seen = proxy.ask("/v1/completions", "POST", b"{}", **sent)
+    assert (status, seen["x-ticket"]) == (200, "t")
+    status, body = proxy.ask("/v1/completions", "POST", b"{}", **{**sent, hint.SESSION.replace("-", "_"): "nowhere"})
     assert status == 503
     assert is_openai_error(body, "router_unreachable")
 
@@ -351,12 +416,16 @@ def test_a_configuration_without_the_lines_to_edit_is_refused(tmp_path: Path) ->
         edited("global\ndefaults\n", ingress.edits(tmp_path, LIMITS, "127.0.0.1", [1]))
 
 
-def test_rays_template_still_has_the_lines_that_are_edited() -> None:
-    """The contract with Ray 2.60, checked without importing it."""
+def _serve_folder() -> Path:
     spec = importlib.util.find_spec("ray")
     assert spec is not None
     assert spec.origin is not None
-    source = (Path(spec.origin).parent / "serve/_private/haproxy_templates.py").read_text()
+    return Path(spec.origin).parent / "serve/_private"
+
+
+def test_rays_template_still_has_the_lines_that_are_edited() -> None:
+    """The contract with Ray 2.60, checked without importing it."""
+    source = (_serve_folder() / "haproxy_templates.py").read_text()
     template = source.partition("HAPROXY_CONFIG_TEMPLATE = ")[2]
     for line in ("mode 666 level admin", "\ndefaults\n", "\nfrontend http_frontend\n    bind ", "wait-for-body time"):
         assert template.count(line) == 1

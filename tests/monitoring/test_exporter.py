@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from balancer.ledger import ENDS, End, Page
 from balancer.readings import GpuSource, ReplicaReading, ReplicaState, Snapshot
 from monitoring import metrics
 from monitoring.exporter import Exporter
-from monitoring.exposition import MpsView
+from monitoring.exposition import MpsView, SharedWeights
 from monitoring.lives import LifeWatch
 from tests.monitoring.stand_in_node import GIB, TAGS, gpu_reading, node, replica_id
 
@@ -226,6 +227,23 @@ def test_mps_is_shown_as_the_device_manager_sees_it(path: Path) -> None:
     names = ("mps_wanted", "mps_up", "mps_clients", "mps_faults_total")
     assert [value(before, name) for name in names] == [0, 0, 0, 0]
     assert [value(after, name) for name in names] == [1, 1, 4, 2]
+
+
+def test_shared_weights_are_shown_once_for_the_gpu_and_for_each_replica_that_maps_them(path: Path) -> None:
+    """A replica with weights of its own maps none."""
+    copies: list[SharedWeights] = []
+    with node(path):
+        exporter = Exporter(path, desired=2, slots=4, weights=lambda: copies)
+        before = series(exporter.scrape())
+        copies.append(SharedWeights(0, 16 * GIB, frozenset({os.getpid()})))
+        after = series(exporter.scrape())
+        copies[0] = SharedWeights(0, 16 * GIB, frozenset({1}))
+        alone = series(exporter.scrape())
+        exporter.close()
+    name = "replica_shared_weights_bytes"
+    assert [value(f, "gpu_shared_weights_bytes", gpu="0") for f in (before, after, alone)] == [0, 16 * GIB, 16 * GIB]
+    assert [value(after, name, slot=str(slot)) for slot in range(4)] == [16 * GIB, 16 * GIB, 0, 0]
+    assert [value(f, name, slot="0") for f in (before, alone)] == [0, 0]
 
 
 def test_what_others_register_is_served_along(path: Path) -> None:

@@ -358,7 +358,7 @@ class FakeHost:
         rss = self.rss[pid]
         if isinstance(rss, Exception):
             raise rss
-        return SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=rss))
+        return SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=rss + 50, shared=50))
 
 
 def test_the_host_stands_in_with_cpu_utilization_that_is_unknown_until_its_first_window_closes() -> None:
@@ -370,7 +370,7 @@ def test_the_host_stands_in_with_cpu_utilization_that_is_unknown_until_its_first
     assert (found[0].sm_occupancy_ratio, found[0].dram_bandwidth_ratio, found[0].power_w) == (None, None, None)
 
 
-def test_the_hosts_clients_are_the_named_processes_that_still_live() -> None:
+def test_the_hosts_clients_are_the_named_processes_that_still_live_each_with_what_nobody_shares() -> None:
     host = FakeHost()
     host.rss = {11: 300, 12: psutil.NoSuchProcess(12)}
     assert HostReader(host, lambda: (11, 12), 0).memory_by_pid() == {11: 300}
