@@ -88,18 +88,20 @@ class GpuGroup:
 class View:
     """One replica as the policy sees it. `requests` and `tokens` include what was assigned on this snapshot."""
 
-    __slots__ = ("group", "max_requests", "max_tokens", "prompts", "reading", "requests", "slot", "tokens", "wait_s")
+    __slots__ = ("group", "kv_ratio", "max_requests", "max_tokens", "prompts", "reading", "requests", "slot", "tokens", "wait_s")
 
     def __init__(self, reading: ReplicaReading, group: GpuGroup, reserve_ratio: float) -> None:
         self.slot = reading.slot
         self.group = group
-        self.max_requests = reading.max_running_requests or 1 << 30
-        self.max_tokens = int(reading.kv_tokens_total * (1.0 - reserve_ratio)) or 1 << 60
+        self.kv_ratio = 1.0 - reserve_ratio
         self.requests = 0
         self.load(reading)
 
     def load(self, reading: ReplicaReading) -> None:
         self.reading = reading
+        # A replica that is seen before its engine has started does not know them yet.
+        self.max_requests = reading.max_running_requests or 1 << 30
+        self.max_tokens = int(reading.kv_tokens_total * self.kv_ratio) or 1 << 60
         requests = reading.in_flight_requests + reading.on_the_way_requests
         self.group.requests += requests - self.requests
         self.requests = requests

@@ -56,6 +56,17 @@ def test_a_request_without_room_waits_until_there_is_some() -> None:
     assert d.release(at(NOW_S + 0.3, replica(0))) == []
 
 
+@pytest.mark.parametrize("limit", ["kv_blocks_total", "max_running_requests"])
+def test_a_replica_seen_before_its_engine_started_is_held_to_the_limits_it_names_later(limit: str) -> None:
+    """A router often starts first, and sees no KV cache and no batch limit yet."""
+    d = dispatcher()
+    unborn = replica(0, kv_blocks_total=0, max_running_requests=0)
+    assert d.submit("early", SMALL, at(NOW_S, replace(unborn, state=ReplicaState.STARTING))).status == 503
+    ready = replica(0, requests=8, tokens=15_500, kv_blocks_total=1 << 20, max_running_requests=1 << 20)
+    later = at(NOW_S + 1.0, replace(ready, **{limit: getattr(IDLE, limit)}))
+    assert d.submit("late", SMALL, later).verdict is Verdict.WAIT
+
+
 def test_higher_priority_first_then_first_come() -> None:
     """Release follows priority, and arrival among equals."""
     d = dispatcher()
