@@ -88,7 +88,9 @@ class GpuGroup:
 class View:
     """One replica as the policy sees it. `requests` and `tokens` include what was assigned on this snapshot."""
 
-    __slots__ = ("group", "kv_ratio", "max_requests", "max_tokens", "prompts", "reading", "requests", "slot", "tokens", "wait_s")
+    __slots__ = (
+        "group", "kv_ratio", "max_requests", "max_tokens", "prompts", "reading", "requests", "slot", "tokens", "wait_s",
+    )  # fmt: skip
 
     def __init__(self, reading: ReplicaReading, group: GpuGroup, reserve_ratio: float) -> None:
         self.slot = reading.slot

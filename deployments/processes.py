@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import select
 import signal
 import threading
@@ -25,6 +26,7 @@ URL_VARIABLE = "SPLITWISER_URL"
 ENGINE_VARIABLE = "SPLITWISER_ENGINE"
 # Set where an engine shall know the loader of shared weights: it imports parts of vLLM, which take a second.
 WEIGHTS_VARIABLE = "SPLITWISER_WEIGHTS"
+_SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\S+")
 _ENGINE_GRACE_S = 3.0
 _TRACKER_S = 3.0
 
@@ -88,6 +90,18 @@ def engines_of(pid: int) -> list[int]:
         children = psutil.Process(pid).children(recursive=True)
         return [child.pid for child in children if not _is_resource_tracker(child)]
     return []
+
+
+def shared_memory_of(pids: Iterable[int]) -> frozenset[Path]:
+    """The files of Python's shared memory and semaphores that these processes have mapped.
+
+    Killed, they leave them: Ray ends a worker's children, the resource tracker that would remove them among these.
+    """
+    found: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found.update(_SHARED_MEMORY.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return frozenset(map(Path, found))
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

@@ -55,6 +55,7 @@ class Replica:
         self._losses = notices.LossFile(self._board_path)
         self._lost = ""
         self._pids: list[int] = []
+        self._shared_memory: frozenset[Path] = frozenset()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> Gate:
@@ -109,6 +110,7 @@ class Replica:
         await engine.warm_up(self._engine)
         self._pids = engine.process_ids(self._engine)
         self._engines = [Owner.of(pid) for pid in self._pids]
+        self._shared_memory = processes.shared_memory_of(processes.engines_of(os.getpid()))
         await self._manager.started.remote(self._id, self._permission.gpu, self._pids)
         if why := self._lost_together():
             raise RuntimeError(why)
@@ -145,6 +147,7 @@ class Replica:
         if self._permission.settings.mps or not planned:
             for process in self._engines:  # vLLM sees the death and fails what the engine was doing
                 processes.kill(process)
+            self._remove_shared_memory()
         await self._manager.ended.remote(self._id, planned)
 
     async def _retire(self) -> None:
@@ -174,7 +177,12 @@ class Replica:
             if self._slot.fields.in_flight_requests and not self._lost:
                 await self._end_gpu_work()
             self._engine.shutdown(timeout=_ENGINE_STOP_S)
+        self._remove_shared_memory()
         self._slot.close()
+
+    def _remove_shared_memory(self) -> None:
+        for path in self._shared_memory:
+            path.unlink(missing_ok=True)
 
     async def _end_gpu_work(self) -> None:
         """Serve's drain is over and requests are still under way: the engine may have to be killed at its work."""

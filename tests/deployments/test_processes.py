@@ -313,6 +313,19 @@ def test_the_engines_of_a_replica_are_all_it_started_but_the_resource_tracker() 
     assert processes.engines_of(replica.pid) == []
 
 
+def test_the_shared_memory_that_a_process_has_mapped_is_known_while_it_lives() -> None:
+    """Afterwards nobody could tell whose it was; of a process that has ended there is none."""
+    holds = "from multiprocessing.shared_memory import SharedMemory; m = SharedMemory(create=True, size=4096);"
+    command = [sys.executable, "-c", f"{holds} print(m.name, flush=True); input()"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    path = Path("/dev/shm") / child.stdout.readline().strip()
+    assert processes.shared_memory_of([child.pid]) == {path}
+    child.communicate("")
+    assert processes.shared_memory_of([child.pid]) == frozenset()
+    path.unlink(missing_ok=True)
+
+
 def test_only_the_very_process_is_killed() -> None:
     """A number that was given to another process since is left alone."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
