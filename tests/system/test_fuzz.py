@@ -20,6 +20,7 @@ import schemathesis
 from body_fuzzer import VALID, BodyFuzzer
 from conftest import System
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
 from schemathesis.generation import GenerationMode
 
 from balancer.counters import REJECTIONS
@@ -125,23 +126,28 @@ def test_what_the_served_openapi_describes_breaks_nothing(
     for path in paths:
         operation = schemathesis.openapi.from_dict(document)[path]["POST"]
         ends_s = time.monotonic() + LASTS_S / 2 / len(paths)
-
-        @seed(SEED)
-        @settings(max_examples=100_000, database=None, deadline=None, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
-        @given(case=operation.as_strategy(generation_mode=mode))
-        def send(case: Any, path: str = path, ends_s: float = ends_s) -> None:
-            if time.monotonic() > ends_s:
-                raise TimeIsUpError
-            body = case.body if isinstance(case.body, bytes) else json.dumps(short(case.body)).encode()
-            witness.post(path, body)
-
         with pytest.raises(TimeIsUpError):
-            send()
+            send_until(ends_s, path, operation.as_strategy(generation_mode=mode), witness)
+
+
+def send_until(ends_s: float, path: str, cases: SearchStrategy[Any], witness: Witness) -> None:
+    """Raises TimeIsUpError: Hypothesis has no end in time of its own."""
+
+    @seed(SEED)
+    @settings(max_examples=100_000, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(case=cases)
+    def send(case: Any) -> None:
+        if time.monotonic() > ends_s:
+            raise TimeIsUpError
+        body = case.body if isinstance(case.body, bytes) else json.dumps(short(case.body)).encode()
+        witness.post(path, body)
+
+    send()
 
 
 class TimeIsUpError(Exception):
-    """Ends a run of Hypothesis that has no end of its own."""
+    """Enough was sent."""
 
 
 def short(body: Any) -> Any:
@@ -149,4 +155,5 @@ def short(body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     name = next((n for n in ("max_output_tokens", "max_completion_tokens", "max_tokens") if n in body), "max_tokens")
-    return {**body, name: min(body[name], 4)} if isinstance(body.get(name, 4), int | float) else body
+    wish = body.get(name, 4)
+    return {**body, name: min(wish, 4)} if isinstance(wish, int | float) else body
