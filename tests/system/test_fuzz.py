@@ -37,7 +37,7 @@ OURS = {*REJECTIONS, "starting", "replica_lost"}
 
 def description(system: System) -> dict[str, Any]:
     """The OpenAPI document, which only a replica's own port shows."""
-    answer = httpx.get(next(iter(system.direct_urls().values())) + "/openapi.json")
+    answer = httpx.get(next(iter(system.direct_urls().values())) + "/openapi.json", timeout=60)  # made when first asked
     document: dict[str, Any] = answer.json()
     return document
 
