@@ -34,7 +34,7 @@ from deployments.slot import Slot
 ALICE, BOB, CARL = (f"{name}-{name[0] * 32}" for name in ("alice", "bob", "carl"))
 ENTRANCE = Entrance(body_bytes=100_000, file_bytes=200_000, header_bytes=4096, header_s=2.0, body_s=2.0)
 REPLICA = "app#Replica#x1"
-RELEASED = threading.Event()
+HELD, RELEASED = threading.Event(), threading.Event()
 CONFIG = """global
     stats socket {folder}/ctl mode 666 level admin
     lua-load-per-thread {folder}/router.lua
@@ -83,6 +83,7 @@ async def engine(scope: Any, receive: Any, send: Any) -> None:
     while (message := await receive()) and (body := body + message.get("body", b"")) and message.get("more_body"):
         pass
     while body and json.loads(body).get("hold") and not RELEASED.is_set():
+        HELD.set()
         await asyncio.sleep(0.01)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"{}"})
@@ -171,9 +172,10 @@ def test_requests_at_once_end_with_their_answers(site: Site) -> None:
     """While one runs a second of the same key is refused; afterwards it may come."""
     first = threading.Thread(target=site.ask, args=(CARL,), kwargs={"hold": True})
     first.start()
-    until(lambda: site.ask(CARL).status_code == 429)
+    until(HELD.is_set)
     refused = site.ask(CARL)
     RELEASED.set()
+    assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "too_many_at_once"
     first.join()
     until(lambda: site.ask(CARL).status_code == 200)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +31,9 @@ class Stream:
         return self
 
     def hang_up(self) -> None:
-        """Close the connection as a client does that has gone."""
-        self._gone = True
-        if self._connection.sock:
-            self._connection.sock.close()
-        self._answer.close()
+        """End the connection as a client does that has gone; to close it would wait for the thread that reads."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def done(self) -> bool:
@@ -52,15 +52,16 @@ class Stream:
 
     def _read(self) -> None:
         address = urlsplit(self.url)
-        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=300)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=300)
         try:
             body = json.dumps({"model": "demo", "prompt": "Once", "stream": True, **self.wish})
             headers = {"content-type": "application/json", **self.headers}
-            self._connection.request("POST", "/v1/completions", body, headers)
-            self._answer = self._connection.getresponse()
-            self.status = self._answer.status
-            self.replica = self._answer.headers.get("x-splitwiser-replica", "")
-            while piece := self._answer.read1(65536):
+            connection.request("POST", "/v1/completions", body, headers)
+            self._socket = connection.sock
+            answer = connection.getresponse()
+            self.status = answer.status
+            self.replica = answer.headers.get("x-splitwiser-replica", "")
+            while piece := answer.read1(65536):
                 self.text += piece
                 self.begun.set()
         except (http.client.HTTPException, OSError, ValueError, AttributeError) as error:
@@ -68,7 +69,7 @@ class Stream:
         finally:
             self.begun.set()
             self.ended.set()
-            self._connection.close()
+            connection.close()
 
 
 def start(url: str, count: int = 1, headers: dict[str, str] | None = None, **wish: Any) -> list[Stream]:
