@@ -22,7 +22,7 @@ from balancer.readings import ReplicaReading
 from deployments import processes
 from deployments.launch import runs_folder
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(900)]
 
 LONG = {"max_tokens": 900, "ignore_eos": True}
 
@@ -149,7 +149,6 @@ def test_a_clients_own_time_is_honoured(system: System) -> None:
 # --- a system of its own, whose engines are killed ---
 
 
-@pytest.mark.long
 def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> None:
     """kill -9 of an engine: its streams end with an error event and no `[DONE]`, its neighbour's go on, and so does the
     service; Serve brings the replica back. Afterwards Ctrl-C with streams running: they are finished first."""
@@ -198,7 +197,6 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
             assert stream.done
 
 
-@pytest.mark.long
 def test_stopping_while_engines_start_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C before the system is ready: bounded, and no shared memory of half-started engines is left."""
     log, before = tmp_path / "log", orphans()
@@ -296,7 +294,6 @@ def test_a_killed_replica_fails_its_own_requests_and_no_other(stood_in: System) 
     until(lambda: sum(r.state.name == "READY" for r in readings(stood_in)) == 2, within_s=60.0)
 
 
-@pytest.mark.long
 def test_what_outlives_the_grace_period_is_ended_with_an_error_event(tmp_path: Path) -> None:
     """Ctrl-C with streams that take too long: an error event at the end of `drain_s`, and all is over in time."""
     port = free_port()
