@@ -1,10 +1,10 @@
 """What it costs to read weights that another process owns: `python -m benchmarks.gpu_reads --out rows.jsonl`.
 
 One process owns a few GiB, readers multiply a small batch with matrices that lie there (or in memory of their own) as
-an engine's decode steps do, alone and four at once, with and without MPS. A row is the bandwidth that each reader got.
+an engine's decode steps do, alone and four at once, as clients of an MPS daemon. A row is the bandwidth of each.
 Memory is shared in both ways that CUDA has: `ipc` handles of `cudaMalloc`, and `mapped` descriptors of its virtual
-memory management. `packed` lays the matrices as `deployments.weight_memory` does: at 8 KiB after one another, in chunks
-of odd sizes; `aligned` begins each at a multiple of 2 MiB.
+memory management. `packed` lays the matrices as `deployments.weight_memory` does, 8 KiB after one another; `aligned`
+begins each at a multiple of 2 MiB. `odd` is packed into allocations that are no multiple of 2 MiB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROWS, COLUMNS, BATCH = 14336, 4096, 16
 MEASURED_S = 1.5
 KINDS = ("own", "ipc", "mapped")
 # Bytes of a chunk, and between two matrices in it.
-LAYOUTS = {"aligned": (1 << 30, 0), "packed": ((1 << 30) - 123_136, 8192)}
+LAYOUTS = {"aligned": (1 << 30, 0), "packed": (1 << 30, 8192), "odd": ((1 << 30) - 123_136, 8192)}
 # The granularity of device memory that can be mapped: 2 MiB on every card so far.
 _PAGE_BYTES = 2 << 20
 
@@ -57,15 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    for with_mps in (False, True):
-        with contextlib.ExitStack() as stack:
-            environment = stack.enter_context(_mps_clients()) if with_mps else dict(mps.ENVIRONMENT_OUTSIDE_MPS)
-            for kind, layout, readers in itertools.product(KINDS, LAYOUTS, (1, 4) if with_mps else (1,)):
-                row = {"kind": kind, "layout": layout, "mps": with_mps, "readers": readers}
-                try:
-                    yield {**row, "gib_per_s": measured(kind, layout, readers, environment)}
-                except (RuntimeError, OSError, ValueError) as error:
-                    yield {**row, "failure": str(error)[-800:]}
+    with _mps_clients() as environment:
+        for kind, layout, readers in itertools.product(KINDS, LAYOUTS, (1, 4)):
+            row = {"kind": kind, "layout": layout, "mps": True, "readers": readers}
+            try:
+                yield {**row, "gib_per_s": measured(kind, layout, readers, environment)}
+            except (RuntimeError, OSError, ValueError) as error:
+                yield {**row, "failure": str(error)[-800:]}
 
 
 def measured(kind: str, layout: str, readers: int, environment: dict[str, str]) -> list[float]:
@@ -122,7 +120,8 @@ def own(argument: str) -> None:
     answer = answers_on_stdout()
     torch.cuda.set_device(0)
     torch.cuda.init()
-    memory = weight_memory.CudaMemory() if kind == "ipc" else MappedMemory()
+    odd = {"page_bytes": 1} if layout == "odd" else {}
+    memory = weight_memory.CudaMemory(**odd) if kind == "ipc" else MappedMemory()
     for _ in range(CHUNKS):
         memory.add(LAYOUTS[layout][0]).random_()
     memory.seal()

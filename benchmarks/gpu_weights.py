@@ -14,6 +14,8 @@ one line of JSON, its `kind` one of
     identity    whether greedy and sampled tokens and their log probabilities are those of the first private engine
     round       one round of load on one of the two sets: tokens a second; rounds alternate
     throughput  medians of the rounds and their ratio
+    alone       one engine of each set, the others idle: its tokens a second
+    kernels     where an engine's GPU time goes, alone and with all of its set at work: microseconds and calls by kernel
     restart     one engine ended and started anew while the others of its set work; failed requests of the others
     verify      the host's fingerprint after all that
     host_death  the host is killed: how soon its engines have ended, and whether private ones are hurt
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import json
 import os
 import random
@@ -37,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -250,6 +254,10 @@ class Member:
         self.hello = self.engine.receive(deadline_s)
         self.ready_s = time.monotonic() - self.started_s
 
+    def ask(self, order: Json, deadline_s: float) -> Json:
+        self.engine.send(order)
+        return self.engine.receive(deadline_s)
+
     def row(self) -> Json:
         return {"ready_s": self.ready_s, **loading_in(self.log.read_text(errors="replace"))}
 
@@ -278,11 +286,15 @@ class Fleet:
         return self._all({"order": "answers"}, deadline_s)
 
     def round(self, shape: Shape, seed: int, deadline_s: float) -> list[Json]:
-        order = {
+        return self._all(self.load(shape, seed), deadline_s)
+
+    @staticmethod
+    def load(shape: Shape, seed: int) -> Json:
+        """One engine's share of a round, as an order."""
+        return {
             "order": "load", "sequences": shape.sequences, "prompt_tokens": shape.prompt_tokens,
             "output_tokens": shape.output_tokens, "seed": seed,
         }  # fmt: skip
-        return self._all(order, deadline_s)
 
     def _all(self, order: Json, deadline_s: float) -> list[Json]:
         for member in self.members:
@@ -356,6 +368,8 @@ class Proof:
         self._part("saving", lambda: self._write("saving", saving(private, shared, self._shape)))
         self._part("identity", self._identity)
         self._part("throughput", lambda: self._throughput("as started"))
+        self._part("alone", self._alone)
+        self._part("kernels", self._kernels)
         self._part("restart shared", lambda: self._restart(self._shared))
         self._part("throughput again", lambda: self._throughput("one shared engine restarted"))
         self._part("verify", self._verify)
@@ -454,6 +468,25 @@ class Proof:
             if number >= 2 and time.monotonic() > until_s:
                 break
         self._write("throughput", {"when": when, **compare(rounds)})
+
+    def _alone(self) -> None:
+        for fleet in (self._private, self._shared, self._shared, self._private):
+            report = fleet.members[0].ask(fleet.load(self._shape, 3), self._limit_s(60))
+            row = {"weights": fleet.kind, "tokens_per_s": report["tokens"] / report["seconds"]}
+            self._write("alone", row)
+
+    def _kernels(self) -> None:
+        if self._device != "gpu":
+            return
+        for fleet in (self._private, self._shared):
+            order = {**fleet.load(self._shape, 5), "order": "kernels", "output_tokens": 32}
+            for at_work in (fleet.members[:1], fleet.members):
+                for other in at_work[1:]:
+                    other.engine.send(fleet.load(self._shape, 6))
+                found = at_work[0].ask(order, self._limit_s(60))
+                for other in at_work[1:]:
+                    other.engine.receive(self._limit_s(60))
+                self._write("kernels", {"weights": fleet.kind, "at_work": len(at_work), **found})
 
     def _restart(self, fleet: Fleet) -> None:
         """The last engine is ended as a planned stop is, and started anew, while the others work without a break."""
@@ -630,13 +663,15 @@ def work() -> None:
     spec = json.loads(sys.stdin.readline())
     from vllm import LLM
 
-    llm = LLM(model=spec["model"], skip_tokenizer_init=True, **spec["engine"])
-    _load(llm, {"sequences": 1, "prompt_tokens": 4, "output_tokens": 2, "seed": 0})
-    answer({"core_pids": _core_pids(llm)})
-    orders = {"answers": _answers, "load": _load}
-    while line := sys.stdin.readline():
-        order = json.loads(line)
-        answer(orders[order["order"]](llm, order))
+    with tempfile.TemporaryDirectory(prefix="traces-", ignore_cleanup_errors=True) as traces:
+        profiler = {"profiler": "torch", "torch_profiler_dir": traces, "torch_profiler_with_stack": False}
+        llm = LLM(model=spec["model"], skip_tokenizer_init=True, profiler_config=profiler, **spec["engine"])
+        _load(llm, {"sequences": 1, "prompt_tokens": 4, "output_tokens": 2, "seed": 0})
+        answer({"core_pids": _core_pids(llm)})
+        orders = {"answers": _answers, "load": _load, "kernels": _kernels}
+        while line := sys.stdin.readline():
+            order = json.loads(line)
+            answer(orders[order["order"]](llm, order))
 
 
 def _core_pids(llm: Any) -> list[int]:
@@ -662,6 +697,23 @@ def _load(llm: Any, order: Json) -> Json:
     outputs = llm.generate(prompts, wish, use_tqdm=False)
     seconds = round(time.monotonic() - began_s, 4)
     return {"tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "seconds": seconds}
+
+
+def _kernels(llm: Any, order: Json) -> Json:
+    """The longest kernels of a load, by the profiler's trace of the process that runs the model."""
+    llm.start_profile()
+    report = _load(llm, order)
+    llm.stop_profile()
+    (trace,) = Path(llm.llm_engine.vllm_config.profiler_config.torch_profiler_dir).glob("*.json.gz")
+    with gzip.open(trace, "rt") as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("cat") == "kernel"]
+    trace.unlink()
+    spent: Counter[str] = Counter()
+    for event in events:
+        spent[event["name"][:100]] += event["dur"]
+    calls = Counter(event["name"][:100] for event in events)
+    longest = [[kernel, round(us), calls[kernel]] for kernel, us in spent.most_common(12)]
+    return {**report, "kernels_us": round(spent.total()), "longest": longest}
 
 
 def _answers(llm: Any, order: Json) -> Json:

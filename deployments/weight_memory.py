@@ -23,6 +23,8 @@ from deployments.weights import Tensor, WeightsError
 CHUNK_BYTES = 1 << 30
 # What cudaMalloc aligns to; enough for every vectorized load.
 _ALIGN_BYTES = 256
+# The pages of device memory on every card so far. A chunk of odd size leaves the driver the choice of smaller ones.
+_PAGE_BYTES = 2 << 20
 # Fingerprints are summed in pieces, so that their temporaries stay small on a full GPU.
 _PIECE_WORDS = 1 << 20
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -102,13 +104,14 @@ def _map_read_only(descriptor: int, size_bytes: int) -> torch.Tensor:
 class CudaMemory:
     """Device memory, each chunk an allocation of its own: an IPC handle always names a whole allocation."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_bytes: int = _PAGE_BYTES) -> None:
+        self._page_bytes = page_bytes
         self._chunks: list[torch.Tensor] = []
         self._handles: list[str] = []
 
     def add(self, size_bytes: int) -> torch.Tensor:
         runtime = _cuda_runtime()
-        pointer = runtime.cudaMalloc(size_bytes)
+        pointer = runtime.cudaMalloc(-(-size_bytes // self._page_bytes) * self._page_bytes)
         self._handles.append(bytes(runtime.cudaIpcGetMemHandle(pointer)).hex())
         self._chunks.append(_cuda_bytes(pointer.value, size_bytes).zero_())
         return self._chunks[-1]
