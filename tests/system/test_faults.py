@@ -22,7 +22,7 @@ from balancer.readings import ReplicaReading
 from deployments import processes
 from deployments.launch import runs_folder
 
-pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 LONG = {"max_tokens": 900, "ignore_eos": True}
 
@@ -94,7 +94,7 @@ def test_a_hang_up_frees_the_engine(system: System) -> None:
     """Running requests are aborted in the engine, beside a neighbour that goes on untouched."""
     neighbours = streams.start(system.url, 2, **LONG)
     leaving = streams.start(system.url, 6, **LONG)
-    assert sum(r.running_requests for r in readings(system)) == 8
+    until(lambda: sum(r.running_requests for r in readings(system)) == 8, within_s=5.0)
     for stream in leaving:
         stream.hang_up()
     until(lambda: sum(r.running_requests for r in readings(system)) == 2, within_s=5.0)
@@ -149,6 +149,7 @@ def test_a_clients_own_time_is_honoured(system: System) -> None:
 # --- a system of its own, whose engines are killed ---
 
 
+@pytest.mark.long
 def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> None:
     """kill -9 of an engine: its streams end with an error event and no `[DONE]`, its neighbour's go on, and so does the
     service; Serve brings the replica back. Afterwards Ctrl-C with streams running: they are finished first."""
@@ -197,6 +198,7 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
             assert stream.done
 
 
+@pytest.mark.long
 def test_stopping_while_engines_start_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C before the system is ready: bounded, and no shared memory of half-started engines is left."""
     log, before = tmp_path / "log", orphans()
@@ -259,7 +261,8 @@ def test_a_killed_router_costs_no_running_stream(stood_in: System) -> None:
     """kill -9 of the route service: what runs ends well; new requests get a 503 in JSON until Serve has replaced it."""
     running_streams = streams.start(stood_in.url, 4, max_tokens=400)
     processes_named(stood_in, ":Router")[0].kill()
-    answer = stood_in.complete(max_tokens=2)
+    while (answer := stood_in.complete(max_tokens=2)).status == 200:
+        continue  # the signal is on its way
     assert answer.status == 503
     assert answer.json["error"]["code"] in ("router_unreachable", "starting")
     assert answer.headers["retry-after"] == "1"
@@ -278,22 +281,28 @@ def test_a_killed_haproxy_cuts_streams_visibly_and_is_replaced(stood_in: System)
 
 
 def test_a_killed_replica_fails_its_own_requests_and_no_other(stood_in: System) -> None:
-    """kill -9 of a replica: its streams are cut, the other's end well, new requests are served, and it comes back."""
+    """kill -9 of a replica: its streams are cut, the other's end well, new requests are served, and it comes back.
+
+    The one request that may reach it while the signal is on its way fails with the rest.
+    """
     before = ends(stood_in)
     running_streams = streams.start(stood_in.url, 8, max_tokens=600)
     assert len({s.replica for s in running_streams}) == 2
     processes_named(stood_in, "default:Replica")[0].kill()
     statuses = steady(stood_in, 3.0)
-    assert set(statuses) == {200}
+    failed = [status for status in statuses if status != 200]
+    assert failed in ([], [502])
     assert all(s.ended.wait(60) for s in running_streams)
     cut = [s for s in running_streams if not s.done]
     assert len({s.replica for s in cut}) == 1
     assert all(s.cut for s in cut), "a broken stream must not look whole"
     after = ends(stood_in)
-    assert grown(after, before) == (8 + len(statuses), 8 + len(statuses) - len(cut), 0, 0, len(cut))
+    entered, lost = 8 + len(statuses), len(cut) + len(failed)
+    assert grown(after, before) == (entered, entered - lost, 0, 0, lost)
     until(lambda: sum(r.state.name == "READY" for r in readings(stood_in)) == 2, within_s=60.0)
 
 
+@pytest.mark.long
 def test_what_outlives_the_grace_period_is_ended_with_an_error_event(tmp_path: Path) -> None:
     """Ctrl-C with streams that take too long: an error event at the end of `drain_s`, and all is over in time."""
     port = free_port()
