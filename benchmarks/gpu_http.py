@@ -92,12 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--rounds", type=int, default=2, help="requests of each client of a closed loop")
     parser.add_argument("--weights", choices=("auto", "shared", "private"), default="auto")
+    parser.add_argument("--kv-bytes", type=int, help="KV bytes over all replicas, if not the shape's own")
     parser.add_argument("--record", type=Path, help="record the board for 60 s under gpu_aware into this file")
     options = parser.parse_args(arguments)
     options.logs.mkdir(parents=True, exist_ok=True)
     deadline_s = time.monotonic() + options.seconds
     model = shapes.make_folder(options.shape, options.logs)
-    setup = Setup(str(model), ENGINE, SHAPES[options.shape].kv_bytes, options.logs, deadline_s)
+    kv_bytes = options.kv_bytes or SHAPES[options.shape].kv_bytes
+    setup = Setup(str(model), ENGINE, kv_bytes, options.logs, deadline_s)
     for name in options.systems:
         try:
             measure(name, setup, options)
@@ -116,6 +118,7 @@ def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
         start = {
             "system": name,
             "weights": options.weights,
+            "kv_bytes": setup.kv_bytes,
             "shape": options.shape,
             "start_s": round(time.monotonic() - began_s, 1),
         }

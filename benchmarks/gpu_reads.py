@@ -35,7 +35,7 @@ ROWS, COLUMNS, BATCH = 14336, 4096, 16
 MEASURED_S = 1.5
 KINDS = ("own", "ipc", "mapped")
 # Bytes of a chunk, and between two matrices in it.
-LAYOUTS = {"aligned": (1 << 30, 0), "packed": (1 << 30, 8192), "odd": ((1 << 30) - 123_136, 8192)}
+LAYOUTS = {"odd": ((1 << 30) - 123_136, 8192), "packed": (1 << 30, 8192), "aligned": (1 << 30, 0)}
 # The granularity of device memory that can be mapped: 2 MiB on every card so far.
 _PAGE_BYTES = 2 << 20
 
@@ -43,22 +43,23 @@ _PAGE_BYTES = 2 << 20
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_reads", description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--work", nargs=2, metavar=("ROLE", "ARGUMENT"), help="for its own processes")
     options = parser.parse_args(arguments)
     if options.work:
         role, argument = options.work
         own(argument) if role == "own" else read(argument)
         return 0
-    with options.out.open("a") as file:
-        for row in rows():
+    with options.out.open("a", buffering=1) as file:
+        for row in rows(options.kinds):
             print(json.dumps(row), flush=True)
             file.write(json.dumps(row) + "\n")
     return 0
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def rows(kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
     with _mps_clients() as environment:
-        for kind, layout, readers in itertools.product(KINDS, LAYOUTS, (1, 4)):
+        for kind, layout, readers in itertools.product(kinds, LAYOUTS, (1, 4)):
             row = {"kind": kind, "layout": layout, "mps": True, "readers": readers}
             try:
                 yield {**row, "gib_per_s": measured(kind, layout, readers, environment)}
