@@ -67,8 +67,7 @@ def plan(
 ) -> memory.MemoryPlan:
     """The memory plan of these arguments on `card`. Raises MemoryPlanError in one sentence when it cannot hold.
 
-    `mps_used` None: as this machine would. `weights_shared` None: as the arguments say; `auto` shares only where
-    private weights do not fit, because engines read shared ones more slowly (docs/weights.md).
+    `mps_used` None: as this machine would. `weights_shared` None: as the arguments and the model allow.
     """
     config, engine, shape = _model_config(model_path(args)), _engine_arguments(args), shape_of(args)
     may_share = weights.wanted(args.weights, args.replicas, "gpu") and not weights.why_private(config, args.engine)
@@ -80,15 +79,10 @@ def plan(
         kv_block_tokens=int(engine.get("block_size", 16)),
         kv_cache_bytes=engine.get("kv_cache_memory_bytes"),
         reserve_bytes=int(args.monitoring.memory_reserve_gib * memory.GIB),
-        weights_shared=(args.weights == "shared" and may_share) if weights_shared is None else weights_shared,
+        weights_shared=may_share if weights_shared is None else weights_shared,
         mps=uses_mps(args) if mps_used is None else mps_used,
     )
-    try:
-        return memory.plan_memory(card, shape, demand)
-    except memory.MemoryPlanError:
-        if weights_shared is not None or not may_share or demand.weights_shared:
-            raise
-    return memory.plan_memory(card, shape, replace(demand, weights_shared=True))
+    return memory.plan_memory(card, shape, demand)
 
 
 def shape_of(args: ServeArgs) -> memory.ModelShape:
@@ -164,15 +158,8 @@ def uuid_of(index: int) -> str:
 
 
 def tightest(args: ServeArgs, cards: Iterable[memory.Card], weights_shared: bool | None = None) -> memory.MemoryPlan:
-    """One plan for all cards: replicas are alike everywhere, so the fullest card decides. Raises MemoryPlanError.
-
-    Where one card needs shared weights, all share them.
-    """
-    there = list(cards)
-    plans = [plan(args, card, None, weights_shared) for card in there]
-    if any(made.demand.weights_shared for made in plans):
-        plans = [plan(args, card, None, True) for card in there]
-    return min(plans, key=lambda made: made.kv_cache_bytes)
+    """One plan for all cards: replicas are alike everywhere, so the fullest card decides. Raises MemoryPlanError."""
+    return min((plan(args, card, None, weights_shared) for card in cards), key=lambda made: made.kv_cache_bytes)
 
 
 def check_mode(args: ServeArgs, paths: mps.MpsPaths, facts: mps.GpuFacts) -> None:

@@ -182,23 +182,16 @@ LLAMA_2_7B = {
 }  # fmt: skip
 
 
-def test_weights_are_counted_once_where_they_would_not_fit_otherwise(house: House) -> None:
-    """`auto` keeps private weights that fit, which are read faster, and shares those that do not; a wish is obeyed."""
-    assert not plan(house.args(), H200).demand.weights_shared
-    assert plan(house.args(weights="shared"), H200).demand.weights_shared
+def test_weights_are_counted_once_where_replicas_share_a_gpu(house: House) -> None:
+    """`auto` shares them between several replicas; one alone has nothing to share, and a wish is obeyed."""
+    assert plan(house.args(), H200).demand.weights_shared
+    assert not plan(house.args(replicas=1), H200).demand.weights_shared
+    assert not plan(house.args(weights="private"), H200).demand.weights_shared
     house.configure(LLAMA_2_7B)
     twice = {"replicas": 2, "engine": {"max_num_batched_tokens": 2048}}
     assert plan(house.args(**twice), KNOWN_CARDS["A10"]).demand.weights_shared
     with pytest.raises(MemoryPlanError, match="at most 1 would"):
         plan(house.args(weights="private", **twice), KNOWN_CARDS["A10"])
-
-
-def test_where_one_card_needs_shared_weights_all_share_them(house: House) -> None:
-    """Replicas are alike on all cards, so the roomy one does as the tight one must."""
-    house.configure(LLAMA_2_7B)
-    args = house.args(replicas=2, engine={"max_num_batched_tokens": 2048})
-    assert gpu_setup.tightest(args, [H200, KNOWN_CARDS["A10"]]).demand.weights_shared
-    assert not gpu_setup.tightest(args, [H200, H200]).demand.weights_shared
 
 
 def test_a_model_that_cannot_be_shared_is_planned_privately_and_says_why(house: House) -> None:
