@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from deployments import weight_memory  # noqa: E402
 from deployments.weight_memory import fingerprint, named_tensors, new_memory, open_chunks, pack, view_of  # noqa: E402
 
 
@@ -93,3 +96,26 @@ def test_what_is_sealed_cannot_be_written_by_anybody(tmp_path: Path) -> None:
     assert fingerprint(chunks) == before
     with pytest.raises(OSError, match="Operation not permitted"):
         os.pwrite(descriptor, b"x", 0)
+
+
+def test_chunks_of_device_memory_are_whole_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes read an allocation of odd size at half the speed; the chunk itself is as long as was asked."""
+
+    class Runtime:
+        """CUDA's, as far as an allocation needs it."""
+
+        allocated: ClassVar[list[int]] = []
+
+        def cudaMalloc(self, size: int) -> ctypes.c_void_p:  # noqa: N802
+            self.allocated.append(size)
+            return ctypes.c_void_p(4096)
+
+        def cudaIpcGetMemHandle(self, pointer: ctypes.c_void_p) -> bytes:  # noqa: N802
+            return b"handle"
+
+    monkeypatch.setattr(weight_memory, "_cuda_runtime", Runtime)
+    monkeypatch.setattr(weight_memory, "_cuda_bytes", lambda address, size: torch.ones(size, dtype=torch.uint8))
+    memory = new_memory("cuda")
+    assert [memory.add(size).numel() for size in (1, 2 << 20, (2 << 20) + 256)] == [1, 2 << 20, (2 << 20) + 256]
+    assert Runtime.allocated == [2 << 20, 2 << 20, 4 << 20]
+    assert memory.handles() == [b"handle".hex()] * 3
