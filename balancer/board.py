@@ -42,6 +42,12 @@ _SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}Q8Q")
 _BEFORE_ROWS = 13
 _ROW = struct.Struct("@" + "IQ" * REPLICA_SLOTS)
 
+_NOTHING_ON_THE_WAY = (0,) * (2 * REPLICA_SLOTS)
+
+# A slot's sequence number, and the requests and tokens on the way to it.
+Seen = tuple[int, tuple[int, int]]
+_UNREAD: Seen = (-1, (0, 0))
+
 _MAGIC = b"SPLTWSR1"
 _LAYOUT_VERSION = 4
 _HEADER_BYTES = 4096
@@ -110,7 +116,8 @@ class Board:
         self._inode = os.fstat(file_descriptor).st_ino
         self._map = mmap.mmap(file_descriptor, BOARD_BYTES)
         self._words = memoryview(self._map).cast("Q")
-        self._slots: dict[int, tuple[int, tuple[int, int], ReplicaReading | None]] = {}
+        self._seen: list[Seen] = [_UNREAD] * REPLICA_SLOTS
+        self._readings: list[ReplicaReading | None] = [None] * REPLICA_SLOTS
         self._gpu_sequences: tuple[int, ...] = ()
         self._gpu_readings: tuple[GpuReading, ...] = ()
         self._row_sequences: tuple[int, ...] = ()
@@ -168,18 +175,17 @@ class Board:
         """Every occupied record as it is now. Torn slots are named, never guessed at."""
         ways = self._on_the_way(now_s)
         sequences = tuple(self._words[_SLOT_FIRST_WORD:_SLOT_END_WORD:_SLOT_WORDS])
-        replicas, torn = [], []
-        for slot, sequence in enumerate(sequences):
-            if not sequence:
-                continue
+        seen = list(zip(sequences, ways, strict=True))
+        torn = []
+        for slot in [slot for slot, (new, old) in enumerate(zip(seen, self._seen, strict=True)) if new != old]:
             try:
-                reading = self._slot(slot, sequence, ways[slot])
+                seen[slot], self._readings[slot] = self._slot(slot, ways[slot])
             except Torn:
                 torn.append(slot)
-            else:
-                if reading is not None:
-                    replicas.append(reading)
-        return Snapshot(now_s, tuple(replicas), self._gpus(), tuple(torn))
+                seen[slot], self._readings[slot] = _UNREAD, None
+        self._seen = seen
+        replicas = tuple([reading for reading in self._readings if reading is not None])
+        return Snapshot(now_s, replicas, self._gpus(), tuple(torn))
 
     def owner(self, slot: int) -> Owner | None:
         """Who wrote the slot last, if anybody."""
@@ -190,13 +196,9 @@ class Board:
         """How many router rows are held by living routers."""
         return sum(self._owner_at(_ROW_AT + row * _ROW_STRIDE).alive() for row in range(ROUTER_ROWS))
 
-    def _slot(self, slot: int, sequence: int, way: tuple[int, int]) -> ReplicaReading | None:
-        cached_sequence, cached_way, reading = self._slots.get(slot, (0, way, None))
-        if cached_sequence != sequence or cached_way != way:
-            sequence, written_at_s, payload = _read(self._map, _SLOT_AT + slot * _SLOT_STRIDE, _SLOT.size)
-            reading = _decode_slot(slot, written_at_s, payload, *way) if sequence else None
-            self._slots[slot] = (sequence, way, reading)
-        return reading
+    def _slot(self, slot: int, way: tuple[int, int]) -> tuple[Seen, ReplicaReading | None]:
+        sequence, written_at_s, payload = _read(self._map, _SLOT_AT + slot * _SLOT_STRIDE, _SLOT.size)
+        return (sequence, way), _decode_slot(slot, written_at_s, payload, *way) if sequence else None
 
     def _gpus(self) -> tuple[GpuReading, ...]:
         sequences = tuple(self._words[_GPU_FIRST_WORD:_GPU_END_WORD:_GPU_WORDS])
@@ -222,10 +224,11 @@ class Board:
         sequences = tuple(self._words[_ROW_FIRST_WORD:_ROW_END_WORD:_ROW_WORDS])
         if sequences != self._row_sequences or now_s > self._ways_end_s:
             rows = [self._row(row) for row in range(ROUTER_ROWS) if sequences[row]]
-            fresh = [(end_s, row) for end_s, row in rows if end_s >= now_s]
-            sums = [sum(column) for column in zip(*(row for _, row in fresh), strict=True)] or [0] * (2 * REPLICA_SLOTS)
+            fresh = [(end_s, row) for end_s, row in rows if end_s >= now_s] or [(math.inf, _NOTHING_ON_THE_WAY)]
+            first = fresh[0][1]
+            sums = first if len(fresh) == 1 else [sum(column) for column in zip(*(r for _, r in fresh), strict=True)]
             self._ways = list(zip(sums[::2], sums[1::2], strict=True))
-            self._ways_end_s = min((end_s for end_s, _ in fresh), default=math.inf)
+            self._ways_end_s = min(end_s for end_s, _ in fresh)
             self._row_sequences = sequences
         return self._ways
 
@@ -235,7 +238,7 @@ class Board:
             sequence, written_at_s, payload = _read(self._map, _ROW_AT + row * _ROW_STRIDE, _ROW.size)
         except Torn:  # its router rewrites it at its next decision; until then it counts for nothing
             sequence, written_at_s = 0, math.inf
-        return written_at_s + LOST_AFTER_S, _ROW.unpack(payload) if sequence else (0,) * (2 * REPLICA_SLOTS)
+        return written_at_s + LOST_AFTER_S, _ROW.unpack(payload) if sequence else _NOTHING_ON_THE_WAY
 
     def _owner_at(self, at: int) -> Owner:
         _, _, pid, ticks, _ = _RECORD.unpack_from(self._map, at)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from balancer.knobs import Knobs
-from balancer.readings import RequestCost, Snapshot
+from balancer.readings import ReplicaReading, RequestCost, Snapshot
 
 # English text of current tokenizers; corrected as soon as engines report.
 BYTES_PER_TOKEN = 4.0
@@ -150,6 +150,7 @@ class CostEstimator:
         self._exact_tokens = 0
         self._estimated = 0
         self._answers = 0
+        self._readings: dict[int, ReplicaReading] = {}
         self._seen: dict[tuple[int, str], tuple[int, int, int, int]] = {}
         self._pending = [0, 0, 0, 0]
 
@@ -186,6 +187,9 @@ class CostEstimator:
     def learn(self, snapshot: Snapshot) -> None:
         """Correct ratio and expectation by what the engines counted since the last call. Cheap; call it at will."""
         for r in snapshot.replicas:
+            if self._readings.get(r.slot) is r:
+                continue
+            self._readings[r.slot] = r
             key = (r.slot, r.replica_id)
             counts = (r.prompt_tokens_total, r.received_total, r.output_tokens_total, r.finished_total)
             before = self._seen.get(key)

@@ -201,8 +201,10 @@ class RouteService:
         each part of a batch comes back here, and is weighed then. Its key is charged for the whole of it, by its size.
         """
         sequences = batches.sequences_announced(body, hint.path, self._split_from)
+        if not (sequences or hint.path.startswith(batches.MANAGED)):
+            return None
         ready = snapshot.ready(self._dispatcher.knobs.stale_after_s)
-        if not ready or not (sequences or hint.path.startswith(batches.MANAGED)):
+        if not ready:
             return None
         tokens = int(len(body) / BYTES_PER_TOKEN) if sequences else 0
         if (refusal := self._access.admit(key, tokens, hint.concurrent)) is not None:

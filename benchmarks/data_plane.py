@@ -2,7 +2,8 @@
 
 `python -m benchmarks.data_plane --out rows.jsonl`: HAProxy with the route service against Serve's own Python proxy with
 the same policy: requests/s, latency alone, streamed chunks/s, each the median of `--repeats` runs in one go. Then the
-route service asked directly over HTTP, a policy alone with 16 replicas, and a slot's write. One JSON line a figure.
+route service asked directly over HTTP, a policy alone with 16 replicas, a slot's write, a scrape with 64 replicas, and
+what the route service decides on one core (`benchmarks.route_rate`). One JSON line a figure.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -17,18 +19,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from balancer.board import Board
 from balancer.policies import POLICIES, Knobs, decide, make_policy
 from balancer.readings import ReplicaState, RequestCost
+from benchmarks import route_rate
 from benchmarks.load import Load, run, summary
 from benchmarks.serving import serving
 from deployments.processes import runs_folder
+from monitoring.exporter import Exporter
 
 REPLICAS = 2
+FIGURES = ("planes", "policies", "slot_write", "scrape", "route_rate")
 ECHO = {"replicas": REPLICAS, "device": "cpu", "balancer": {"policy": "least_queue"}}
 
 
@@ -36,14 +41,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.data_plane", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES)
     options = parser.parse_args(arguments)
-    rows = [*_both_planes(options.repeats), *_policies(), _slot_write()]
     with options.out.open("a") as file:
-        for row in rows:
+        for row in itertools.chain.from_iterable(_rows(figure, options.repeats) for figure in options.figures):
             line = json.dumps({**row, "cores": os.cpu_count(), "at": time.strftime("%Y-%m-%dT%H:%M:%S")})
             print(line, flush=True)
             file.write(line + "\n")
     return 0
+
+
+def _rows(figure: str, repeats: int) -> Iterable[dict[str, Any]]:
+    match figure:
+        case "planes":
+            return _both_planes(repeats)
+        case "policies":
+            return _policies()
+        case "slot_write":
+            return [_slot_write()]
+        case "scrape":
+            return [_scrape()]
+        case _:
+            return [route_rate.row()]
 
 
 def _both_planes(repeats: int) -> Iterator[dict[str, Any]]:
@@ -118,6 +137,21 @@ def _slot_write(repeats: int = 20000) -> dict[str, Any]:
             writers[0].publish(began_s)
             times_s.append(time.perf_counter() - began_s)
         return {"figure": "slot_write", **_percentiles(times_s)}
+
+
+def _scrape(replicas: int = 64, repeats: int = 200) -> dict[str, Any]:
+    """CPU time of one scrape while every replica writes between two."""
+    with _board(replicas) as (board, writers):
+        exporter = Exporter(board.path, replicas)
+        times_s = []
+        for _ in range(repeats):
+            for writer in writers:
+                writer.publish(time.monotonic())
+            began_s = time.thread_time()
+            exporter.scrape()
+            times_s.append(time.thread_time() - began_s)
+        exporter.close()
+        return {"figure": "scrape", "replicas": replicas, **_percentiles(times_s)}
 
 
 @contextlib.contextmanager

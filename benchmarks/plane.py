@@ -95,7 +95,8 @@ class Plane:
         living = [process for process in self._started if process.returncode is None]
         for process in living:
             process.send_signal(signal.SIGCONT)
-            process.terminate()
+            assert process.stdin is not None
+            process.stdin.close()  # not a signal: in the middle of a reload there are two HAProxies to be ended
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_WITHIN_S):
                 await asyncio.gather(*(process.wait() for process in living))
@@ -342,14 +343,7 @@ def main() -> None:
     if chosen.role != "haproxy":  # which reads its standard input itself
         threading.Thread(target=_die_with_parent, daemon=True).start()
 
-    async def run() -> None:
-        task = asyncio.create_task(roles[chosen.role](chosen.name, chosen.port, chosen.options))
-        if chosen.role == "haproxy":
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(run())
+    asyncio.run(roles[chosen.role](chosen.name, chosen.port, chosen.options))
 
 
 if __name__ == "__main__":

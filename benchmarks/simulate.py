@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from balancer.knobs import Knobs
-from benchmarks import decision_speed, engine_model
+from benchmarks import decision_speed, engine_model, route_rate
 from benchmarks.engine_sim import Deployment
 from benchmarks.goals import DEPLOYMENTS, RIVALS, Goals, Job, Line, Results, run_all, table
 from benchmarks.simulation import Case, Result, Slo
@@ -41,6 +41,7 @@ from benchmarks.workloads import (
 
 LENGTHS = {"uniform": UNIFORM, "mixed": MIXED, "oversized": OVERSIZED, "long": LONG_OUTPUTS}
 DECISION_P50_US, DECISION_P99_US = 50.0, 250.0
+DECISIONS_PER_CORE_S = 1500.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,6 +147,9 @@ def decision_lines() -> list[Line]:
         ok = times["p50_us"] <= DECISION_P50_US and times["p99_us"] <= DECISION_P99_US
         found = f"p50 {times['p50_us']} us, p99 {times['p99_us']} us"
         lines.append(Line("decision p50 <= 50 us, p99 <= 250 us", f"64 replicas, 1,000 waiting: {what}", found, ok))
+    rate = route_rate.rate()
+    found, ok = f"{rate:.0f}/s of one core's time", rate >= DECISIONS_PER_CORE_S
+    lines.append(Line("route service >= 1,500 decisions/s on one core", "64 replicas, over HTTP", found, ok))
     return lines
 
 

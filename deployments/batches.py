@@ -66,6 +66,6 @@ def public_url() -> str:
 
 
 def server_key(args: ServeArgs) -> str | None:
-    """The key with which this system asks itself: the run's own, or the one that vLLM's application was given."""
-    keys = internal_key() or args.engine.get("api_key") or os.environ.get("VLLM_API_KEY")
+    """The key with which this system asks itself: the one that vLLM's application was given, or the run's own."""
+    keys = args.engine.get("api_key") or os.environ.get("VLLM_API_KEY") or internal_key()
     return str(keys[0]) if isinstance(keys, list) and keys else str(keys) if keys else None

@@ -62,9 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     key = commands.add_parser("key", help="make an API key for NAME: the line for the file of keys, and the key itself")
     key.add_argument("name", metavar="NAME")
     key.set_defaults(command=_key)
-    for name, command, text in (("top", _top, "watch GPU and replicas"), ("status", _status, "the same once, as JSON")):
-        watch = commands.add_parser(name, help=f"{text} of the run that is going on")
-        watch.set_defaults(command=command)
+    commands.add_parser("top", help="watch GPU and replicas of the run that is going on").set_defaults(command=_top)
+    status = commands.add_parser("status", help="the same once, as JSON")
+    status.add_argument("--json", action="store_true", help="which it always is")
+    status.set_defaults(command=_status)
     return parser
 
 

@@ -271,6 +271,14 @@ class ServeArgs(_Strict):
             raise ValueError(f"replicas x gpus must be at most {REPLICA_SLOTS}")
         return self
 
+    @model_validator(mode="after")
+    def _one_kind_of_keys(self) -> ServeArgs:
+        if self.access.api_keys_file and self.engine.get("api_key"):
+            raise ValueError(
+                "`engine.api_key` and `access.api_keys_file` ask for two keys in one header; keep the file"
+            )
+        return self
+
     @property
     def total_replicas(self) -> int:
         """`replicas` on each of `gpus`."""

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from starlette.applications import Starlette
 
+from balancer.key_file import INTERNAL_VARIABLE
 from deployments.batches import Batches, public_url, server_key, store_folder
 from deployments.config import parse_args
 from deployments.launch import Run, environment, runs_folder
@@ -43,12 +44,14 @@ def test_lines_go_to_the_address_of_the_run(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_server_asks_itself_with_its_own_key(
     monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any], variable: str | None, key: str | None
 ) -> None:
-    """The configured one before the environment's, as vLLM takes them."""
+    """The configured one before the environment's, as vLLM takes them, and both before the run's own, which it does not
+    know."""
+    monkeypatch.setenv(INTERNAL_VARIABLE, "of the run")
     if variable is None:
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
     else:
         monkeypatch.setenv("VLLM_API_KEY", variable)
-    assert server_key(parse_args({"engine": engine})) == key
+    assert server_key(parse_args({"engine": engine})) == (key or "of the run")
 
 
 @pytest.mark.parametrize("enabled", [True, False])

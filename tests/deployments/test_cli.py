@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from balancer.board import BoardError
 from deployments import cli, launch, processes
 from deployments.cli import main
 from deployments.config import ConfigError
+from monitoring import top
 
 FINE = """
 applications:
@@ -91,6 +93,17 @@ def test_unknown_words_are_refused(words: list[str], capsys: pytest.CaptureFixtu
         main(words)
     assert stop.value.code == 2
     assert "usage: splitwiser" in capsys.readouterr().err
+
+
+def test_status_is_json_whether_or_not_it_is_asked_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`splitwiser status` and `splitwiser status --json` print the same object."""
+    monkeypatch.setattr(cli, "newest_board", lambda: Path("board"))
+    monkeypatch.setattr(top, "status", lambda board: {"board": str(board)})
+    for words in (["status"], ["status", "--json"]):
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out) == {"board": "board"}
 
 
 def test_bench_becomes_the_benchmarks_command(monkeypatch: pytest.MonkeyPatch) -> None:

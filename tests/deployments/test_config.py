@@ -46,6 +46,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"monitoring": None}, "`monitoring` is None"),
     ({"access": {"keys": "x"}}, "unknown key `access.keys`; known here are .*api_keys_file"),
     ({"access": {"api_keys_file": "keys"}}, "`access.api_keys_file` is 'keys', but it must be an absolute path"),
+    ({"access": {"api_keys_file": "/keys"}, "engine": {"api_key": "x"}}, "ask for two keys in one header"),
     ({"access": {"extra_routes": ["version"]}}, "`access.extra_routes` is .*must be paths such as /version"),
     ({"access": {"extra_routes": ["/a b' }"]}}, "`access.extra_routes` is "),
     *(

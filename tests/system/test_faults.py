@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from balancer.board import Board, Owner, board_path
 from balancer.readings import ReplicaReading
 from deployments import processes
 from deployments.launch import runs_folder
+from deployments.restart_command import restart
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -205,6 +207,43 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
         for stream in short:
             assert stream.ended.wait(30)
             assert stream.done
+
+
+@pytest.mark.long
+def test_a_planned_restart_under_load_loses_no_request(tmp_path: Path) -> None:
+    """`splitwiser restart` of one replica after the other, while streams run and requests come: all are answered."""
+    with running(tmp_path) as system:
+        before = ends(system)
+        statuses: list[int] = []
+        stop_asking = threading.Event()
+        asking = threading.Thread(target=ask_until, args=(system, stop_asking, statuses))
+        asking.start()
+        try:
+            for old in sorted(readings(system), key=lambda r: r.slot):
+                running_streams = streams.start(system.url, 4, **{**LONG, "max_tokens": 200})
+                assert restart(board_path(system.run_id), old.slot) == 0
+                assert all(s.ended.wait(60) and s.done for s in running_streams)
+                until(lambda old=old: renewed(system, old), within_s=300.0)  # type: ignore[misc]
+                until(lambda: len({system.complete(max_tokens=2).replica for _ in range(6)}) == 2, within_s=60.0)
+        finally:
+            stop_asking.set()
+            asking.join()
+        assert set(statuses) == {200}
+        after = ends(system)
+        assert (after.failed - before.failed, after.rejected - before.rejected) == (0, 0)
+        assert after.completed - before.completed >= len(statuses) + 8
+
+
+def renewed(system: System, old: ReplicaReading) -> bool:
+    """Whether two replicas are ready, the old one not among them."""
+    ready = {r.replica_id for r in readings(system) if r.state.name == "READY"}
+    return len(ready) == 2 and old.replica_id not in ready
+
+
+def ask_until(system: System, stop_asking: threading.Event, statuses: list[int]) -> None:
+    while not stop_asking.is_set():
+        statuses.append(system.complete(max_tokens=8).status)
+        time.sleep(0.05)
 
 
 @pytest.mark.long
