@@ -95,12 +95,18 @@ class Answer:
         return self.headers.get("x-splitwiser-policy", "")
 
 
-def _ask(request: urllib.request.Request) -> Answer:
+def _ask(request: urllib.request.Request, again: bool = True) -> Answer:
+    """The answer; asks a second time when the whole machine stood still between headers and body, so that HAProxy's
+    limit for slow senders had passed before the body could be sent."""
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
     except urllib.error.HTTPError as error:
         return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
+    except urllib.error.URLError as error:
+        if again and isinstance(error.reason, BrokenPipeError):
+            return _ask(request, again=False)
+        raise
 
 
 def write_config(folder: Path, port: int, change: Callable[[dict[str, Any]], None] = lambda document: None) -> Path:
