@@ -151,7 +151,6 @@ class CostEstimator:
         self._estimated = 0
         self._answers = 0
         self._readings: dict[int, ReplicaReading] = {}
-        self._seen: dict[tuple[int, str], tuple[int, int, int, int]] = {}
         self._pending = [0, 0, 0, 0]
 
     def estimate(self, body: bytes | str, session: str = "", priority: int = 0) -> RequestCost:
@@ -187,16 +186,14 @@ class CostEstimator:
     def learn(self, snapshot: Snapshot) -> None:
         """Correct ratio and expectation by what the engines counted since the last call. Cheap; call it at will."""
         for r in snapshot.replicas:
-            if self._readings.get(r.slot) is r:
+            before = self._readings.get(r.slot)
+            if before is r:
                 continue
             self._readings[r.slot] = r
-            key = (r.slot, r.replica_id)
-            counts = (r.prompt_tokens_total, r.received_total, r.output_tokens_total, r.finished_total)
-            before = self._seen.get(key)
-            if before != counts:
-                if before is not None and all(new >= old for new, old in zip(counts, before, strict=True)):
-                    self._pending = [p + new - old for p, new, old in zip(self._pending, counts, before, strict=True)]
-                self._seen[key] = counts
+            if before is not None and before.replica_id == r.replica_id:
+                grown = [new - old for new, old in zip(_counts(r), _counts(before), strict=True)]
+                if min(grown) >= 0:
+                    self._pending = [p + more for p, more in zip(self._pending, grown, strict=True)]
         if self._pending[3] >= FINISHED_PER_UPDATE:
             self._update(*self._pending)
             self._pending = [0, 0, 0, 0]
@@ -218,3 +215,7 @@ class CostEstimator:
         low, high = BYTES_PER_TOKEN_RANGE
         ratio = min(high, max(low, self._text_bytes / self._estimated / text_tokens))
         self.bytes_per_token += BLEND * (ratio - self.bytes_per_token)
+
+
+def _counts(r: ReplicaReading) -> tuple[int, int, int, int]:
+    return r.prompt_tokens_total, r.received_total, r.output_tokens_total, r.finished_total

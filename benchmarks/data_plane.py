@@ -9,7 +9,6 @@ what the route service decides on one core (`benchmarks.route_rate`). One JSON l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import http.client
 import itertools
 import json
@@ -17,15 +16,13 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from balancer.board import Board
 from balancer.policies import POLICIES, Knobs, decide, make_policy
-from balancer.readings import ReplicaState, RequestCost
+from balancer.readings import RequestCost
 from benchmarks import route_rate
 from benchmarks.load import Load, run, summary
 from benchmarks.serving import serving
@@ -33,6 +30,7 @@ from deployments.processes import runs_folder
 from monitoring.exporter import Exporter
 
 REPLICAS = 2
+KV_BLOCKS = 10_000
 FIGURES = ("planes", "policies", "slot_write", "scrape", "route_rate")
 ECHO = {"replicas": REPLICAS, "device": "cpu", "balancer": {"policy": "least_queue"}}
 
@@ -115,7 +113,7 @@ def _router_port() -> int:
 
 
 def _policies(replicas: int = 16, repeats: int = 5000) -> Iterator[dict[str, Any]]:
-    with _board(replicas) as (board, writers):
+    with route_rate.ready_replicas(replicas, KV_BLOCKS) as (board, writers):
         for name in POLICIES:
             knobs = Knobs(policy=name, seed=1)
             policy = make_policy(knobs)
@@ -130,7 +128,7 @@ def _policies(replicas: int = 16, repeats: int = 5000) -> Iterator[dict[str, Any
 
 
 def _slot_write(repeats: int = 20000) -> dict[str, Any]:
-    with _board(1) as (_, writers):
+    with route_rate.ready_replicas(1, KV_BLOCKS) as (_, writers):
         times_s = []
         for _ in range(repeats):
             began_s = time.perf_counter()
@@ -141,7 +139,7 @@ def _slot_write(repeats: int = 20000) -> dict[str, Any]:
 
 def _scrape(replicas: int = 64, repeats: int = 200) -> dict[str, Any]:
     """CPU time of one scrape while every replica writes between two."""
-    with _board(replicas) as (board, writers):
+    with route_rate.ready_replicas(replicas, KV_BLOCKS) as (board, writers):
         exporter = Exporter(board.path, replicas)
         times_s = []
         for _ in range(repeats):
@@ -152,19 +150,6 @@ def _scrape(replicas: int = 64, repeats: int = 200) -> dict[str, Any]:
             times_s.append(time.thread_time() - began_s)
         exporter.close()
         return {"figure": "scrape", "replicas": replicas, **_percentiles(times_s)}
-
-
-@contextlib.contextmanager
-def _board(replicas: int) -> Iterator[tuple[Board, list[Any]]]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        board = Board.open(Path(folder) / "board")
-        writers = [board.claim_slot(f"replica-{k}") for k in range(replicas)]
-        for writer in writers:
-            writer.fields.state = ReplicaState.READY
-            writer.fields.kv_blocks_total, writer.fields.kv_block_tokens = 10_000, 16
-            writer.publish(time.monotonic())
-        yield board, writers
-        board.close()
 
 
 def _percentiles(times_s: Sequence[float]) -> dict[str, float]:

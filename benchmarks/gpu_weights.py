@@ -517,10 +517,7 @@ class Proof:
     def _keep_busy(self, member: Member, stop: threading.Event, tally: Json, errors: list[str]) -> None:
         shape, seed = self._shape, 1000
         while not stop.is_set() and not errors:
-            order = {
-                "order": "load", "sequences": max(1, shape.sequences // 4), "prompt_tokens": shape.prompt_tokens,
-                "output_tokens": shape.output_tokens, "seed": seed,
-            }  # fmt: skip
+            order = {**Fleet.load(shape, seed), "sequences": max(1, shape.sequences // 4)}
             seed += 1
             try:
                 member.engine.send(order)

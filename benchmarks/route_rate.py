@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import uvloop
 
-from balancer.board import Board
+from balancer.board import Board, SlotWriter
 from balancer.knobs import Knobs
 from balancer.readings import ReplicaState
 from balancer.route_service import RouteService
@@ -40,14 +41,8 @@ def row() -> dict[str, Any]:
 
 def rate() -> float:
     """Decisions for each second of one core's time."""
-    with tempfile.TemporaryDirectory() as folder:
-        board = Board.open(Path(folder) / "board")
-        writers = [board.claim_slot(f"replica-{slot}") for slot in range(REPLICAS)]
-        for writer in writers:
-            # Nothing that is assigned here ever arrives, so that there must be room for all of it.
-            writer.fields.kv_blocks_total, writer.fields.kv_block_tokens = 1 << 24, 16
-            writer.fields.state, writer.fields.max_running_requests = ReplicaState.READY, 1 << 20
-            writer.publish(time.monotonic())
+    # Nothing that is assigned here ever arrives, so that there must be room for all of it.
+    with ready_replicas(REPLICAS, kv_blocks=1 << 24) as (board, _):
         port = free_port()
         command = [sys.executable, "-m", "benchmarks.route_rate", "--serve", str(board.path), str(port)]
         service = subprocess.Popen(command)
@@ -56,9 +51,20 @@ def rate() -> float:
         finally:
             service.terminate()
             service.wait()
-            for writer in writers:
-                writer.release()
-            board.leave()
+
+
+@contextlib.contextmanager
+def ready_replicas(count: int, kv_blocks: int) -> Iterator[tuple[Board, list[SlotWriter]]]:
+    """A board with so many ready replicas, and their pens."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        board = Board.open(Path(folder) / "board")
+        writers = [board.claim_slot(f"replica-{k}") for k in range(count)]
+        for writer in writers:
+            writer.fields.state = ReplicaState.READY
+            writer.fields.kv_blocks_total, writer.fields.kv_block_tokens = kv_blocks, 16
+            writer.publish(time.monotonic())
+        yield board, writers
+        board.close()
 
 
 def _asked(port: int, service: psutil.Process) -> float:
