@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from balancer.active_set import ActiveSet, Demand, is_news
 from balancer.knobs import Knobs
+from balancer.kv_peak import rounding_scatter_tokens
 from balancer.readings import Decision, GpuReading, ReplicaReading, ReplicaState, RequestCost, Snapshot, assign
 from balancer.selection import kv_tokens_committed
 
@@ -103,7 +104,9 @@ class View:
         self.reading = reading
         # A replica that is seen before its engine has started does not know them yet.
         self.max_requests = reading.max_running_requests or 1 << 30
-        self.max_tokens = int(reading.kv_tokens_total * self.kv_ratio) or 1 << 60
+        total, block = reading.kv_tokens_total, reading.kv_block_tokens
+        scatter = rounding_scatter_tokens(total, block, self.group.mean_tokens)
+        self.max_tokens = int(total * self.kv_ratio - scatter) or 1 << 60
         requests = reading.in_flight_requests + reading.on_the_way_requests
         self.group.requests += requests - self.requests
         self.requests = requests

@@ -8,6 +8,7 @@ add, since all sequences of an engine grow at one pace. Source: the "future peak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 # A sequence that outlived its prediction is expected to go on for this share of what it made: lengths of answers have
@@ -30,3 +31,10 @@ def peak_tokens(sequences: Iterable[tuple[int, int]]) -> int:
         if held + to_come * count > peak:
             peak = held + to_come * count
     return peak
+
+
+def rounding_scatter_tokens(kv_tokens: int, block_tokens: int, sequence_tokens: float) -> float:
+    """Tokens that last blocks waste, now and then, beyond half a block each: two standard deviations of their sum, over
+    as many sequences as fill the cache. Each wastes evenly between nothing and a block."""
+    sequences = kv_tokens / max(1.0, sequence_tokens, block_tokens)
+    return block_tokens * math.sqrt(sequences / 3)

@@ -33,6 +33,7 @@ from balancer.knobs import Knobs
 from balancer.on_the_way import LOST_AFTER_S
 from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks.plane import Plane
+from benchmarks.scrapes import scraped
 from deployments.limits import Limits
 
 # What a client can say of a request. `left` hung up on purpose: the server may have been faster.
@@ -195,7 +196,8 @@ async def storm_with_kills(requests: int, kill_every_s: float) -> Figures:
         healing = asyncio.create_task(running.heal())
         killing = asyncio.create_task(_kill_in_turn(running, kill_every_s))
         before = running.ledger()
-        seen = await blow(running, replace(shape, rate_per_s=1.5 * capacity_per_s))
+        async with scraped(running.board, slots=8) as metrics:
+            seen = await blow(running, replace(shape, rate_per_s=1.5 * capacity_per_s))
         killing.cancel()
         await _all_ready(running, 4)
         healing.cancel()
@@ -204,7 +206,7 @@ async def storm_with_kills(requests: int, kill_every_s: float) -> Figures:
         # A kill costs what the replica had in its hands, and what was on the way there.
         assert figures["server_failed"] <= 2 * batch * running.restarts, figures
         return {**figures, "offered_per_s": round(1.5 * capacity_per_s), "kills": running.restarts,
-                "settled_s": round(settled_s, 3)}  # fmt: skip
+                "settled_s": round(settled_s, 3), **metrics.figures()}  # fmt: skip
 
 
 async def _kill_in_turn(running: Plane, every_s: float) -> None:
@@ -280,7 +282,8 @@ async def overload(seconds: float, factor: float = 10.0) -> Figures:
         before = running.ledger()
         watching = asyncio.create_task(_sample(lambda: memory.append(_memory_bytes(running)), 1.0))
         high = Storm(round(factor * capacity_per_s * seconds), factor * capacity_per_s, 2, 0.0, 0.0, tokens)
-        seen, took_s = await _timed(blow(running, high))
+        async with scraped(running.board, slots=8) as metrics:
+            seen, took_s = await _timed(blow(running, high))
         watching.cancel()
         await settle(running)
         figures = compare(seen, before, ledger.settled(running.ledger()))
@@ -290,7 +293,7 @@ async def overload(seconds: float, factor: float = 10.0) -> Figures:
             **figures, "seconds": round(took_s, 1), "factor": factor, "peak_goodput_per_s": round(peak, 1),
             "goodput_per_s": round(goodput, 1), "goodput_ratio": round(goodput / peak, 3),
             "memory_first_mib": round(memory[0] / 2**20), "memory_early_mib": round(warm[0] / 2**20),
-            "memory_last_mib": round(statistics.median(warm[-5:]) / 2**20),
+            "memory_last_mib": round(statistics.median(warm[-5:]) / 2**20), **metrics.figures(),
         }  # fmt: skip
 
 
@@ -325,17 +328,18 @@ async def stopped_replica() -> Figures:
     knobs = Knobs(stalled_after_s=2.0, seed=1)
     async with plane(replicas=2, knobs=knobs) as running, aiohttp.ClientSession() as session:
         wish = {"prompt": "x", "max_tokens": 4}
-        await running.kill(0, signal.SIGSTOP)
-        began_s = time.monotonic()
-        stopped_out_s = await _until_quick(session, running.url, wish, began_s)
-        await running.kill(0, signal.SIGCONT)
-        await _all_ready(running, 2)
-        freeze = {**wish, "fault": "freeze", "for_s": 8.0}
-        frozen = asyncio.create_task(send(session, running.url, freeze))
-        began_s = time.monotonic()
-        frozen_out_s = await _until_quick(session, running.url, wish, began_s)
-        assert (await frozen).end == COMPLETED
-        return {"stopped_out_s": round(stopped_out_s, 2), "frozen_out_s": round(frozen_out_s, 2)}
+        async with scraped(running.board, slots=4) as metrics:
+            await running.kill(0, signal.SIGSTOP)
+            began_s = time.monotonic()
+            stopped_out_s = await _until_quick(session, running.url, wish, began_s)
+            await running.kill(0, signal.SIGCONT)
+            await _all_ready(running, 2)
+            freeze = {**wish, "fault": "freeze", "for_s": 8.0}
+            frozen = asyncio.create_task(send(session, running.url, freeze))
+            began_s = time.monotonic()
+            frozen_out_s = await _until_quick(session, running.url, wish, began_s)
+            assert (await frozen).end == COMPLETED
+        return {"stopped_out_s": round(stopped_out_s, 2), "frozen_out_s": round(frozen_out_s, 2), **metrics.figures()}
 
 
 async def _until_quick(session: aiohttp.ClientSession, url: str, wish: dict[str, Any], began_s: float) -> float:
@@ -358,19 +362,27 @@ async def killed_router(rounds: int) -> Figures:
     """The route service killed while streams run: they end well; new requests are answered again soon."""
     recoveries = []
     async with plane(replicas=2) as running, aiohttp.ClientSession() as session:
-        for _ in range(rounds):
-            stream = {"prompt": "x", "max_tokens": 400, "stream": True}
-            streams = [asyncio.create_task(send(session, running.url, stream)) for _ in range(8)]
-            await asyncio.sleep(0.3)
-            began_s = time.monotonic()
-            await running.kill_router()
-            while (await send(session, running.url, {"prompt": "x", "max_tokens": 1})).end != COMPLETED:
-                assert time.monotonic() - began_s < 30.0
-                await asyncio.sleep(0.05)
-            recoveries.append(time.monotonic() - began_s)
-            assert {one.end for one in await asyncio.gather(*streams)} == {COMPLETED}
+        async with scraped(running.board, slots=4) as metrics:
+            for _ in range(rounds):
+                recoveries.append(await _kill_router_under_streams(running, session))
         await settle(running)
-    return {"rounds": rounds, "streams_lost": 0, "recovery_s": [round(r, 2) for r in recoveries]}
+    recovery_s = [round(r, 2) for r in recoveries]
+    return {"rounds": rounds, "streams_lost": 0, "recovery_s": recovery_s, **metrics.figures()}
+
+
+async def _kill_router_under_streams(running: Plane, session: aiohttp.ClientSession) -> float:
+    """How long until a new request was answered; AssertionError when a stream was lost."""
+    stream = {"prompt": "x", "max_tokens": 400, "stream": True}
+    streams = [asyncio.create_task(send(session, running.url, stream)) for _ in range(8)]
+    await asyncio.sleep(0.3)
+    began_s = time.monotonic()
+    await running.kill_router()
+    while (await send(session, running.url, {"prompt": "x", "max_tokens": 1})).end != COMPLETED:
+        assert time.monotonic() - began_s < 30.0
+        await asyncio.sleep(0.05)
+    recovered_s = time.monotonic() - began_s
+    assert {one.end for one in await asyncio.gather(*streams)} == {COMPLETED}
+    return recovered_s
 
 
 async def every_replica_errs(requests: int) -> Figures:

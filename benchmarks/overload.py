@@ -1,8 +1,9 @@
 """More work than fits, on real CPU engines: `python -m benchmarks.overload --out rows.jsonl`.
 
 Two engines of the demo model with a KV cache of a few thousand tokens; `--clients` clients in a closed loop ask for
-long answers. Each policy is started in turn with the same seed. A row holds what became of every request (answered,
-turned away with 429 or 503 and whether with Retry-After, lost), and how often the engines preempted (from the board).
+long streamed answers. Each policy is started in turn with the same seed. A row holds what became of every request
+(answered, turned away with 429 or 503 and whether with Retry-After, lost), how often the engines preempted (from the
+board), and the longest time between two tokens of each answer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import itertools
 import json
 import random
 import sys
@@ -35,6 +37,7 @@ class Outcome:
     status: int
     retry_after: bool
     seconds: float
+    longest_gap_s: float = 0.0  # between two tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +66,7 @@ def measure(policy: str, clients: int, requests: int, seed: int) -> dict[str, An
     statuses = collections.Counter(o.status for o in outcomes)
     refused = [o for o in outcomes if o.status in (429, 503)]
     answered = sorted(o.seconds for o in outcomes if o.status == 200)
+    gaps = sorted(o.longest_gap_s for o in outcomes if o.status == 200)
     return {
         "policy": policy,
         "clients": clients,
@@ -76,6 +80,9 @@ def measure(policy: str, clients: int, requests: int, seed: int) -> dict[str, An
         "requests_seen_by_replicas": finished,
         "answers_per_s": round(len(answered) / wall_s, 2),
         "answer_p50_s": round(answered[len(answered) // 2], 2) if answered else None,
+        "longest_gap_p50_s": round(gaps[len(gaps) // 2], 2) if gaps else None,
+        "longest_gap_s": round(gaps[-1], 2) if gaps else None,
+        "over_a_second_without_a_token": sum(gap > 1.0 for gap in gaps),
         "wall_s": round(wall_s, 1),
     }
 
@@ -113,15 +120,24 @@ async def _clients(url: str, clients: int, requests: int, seed: int) -> list[Out
 
 def _wish(rng: random.Random) -> dict[str, Any]:
     prompt = [rng.randrange(10, 1000) for _ in range(rng.randrange(20, 200))]
-    return {"model": "demo", "prompt": prompt, "max_tokens": rng.randrange(100, 500), "ignore_eos": True}
+    return {
+        "model": "demo",
+        "prompt": prompt,
+        "max_tokens": rng.randrange(100, 500),
+        "ignore_eos": True,
+        "stream": True,
+    }
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, wish: dict[str, Any]) -> Outcome:
     began_s = time.monotonic()
     try:
         async with session.post(f"{url}/v1/completions", json=wish) as answer:
-            await answer.read()
-            return Outcome(answer.status, "retry-after" in answer.headers, time.monotonic() - began_s)
+            pieces = [(time.monotonic(), piece) async for piece in answer.content.iter_any()]
+            gaps_s = (later - earlier for (earlier, _), (later, _) in itertools.pairwise(pieces))
+            whole = answer.status != 200 or pieces[-1][1].endswith(b"data: [DONE]\n\n")
+            status, taken_s = answer.status if whole else 0, time.monotonic() - began_s
+            return Outcome(status, "retry-after" in answer.headers, taken_s, max(gaps_s, default=0.0))
     except (aiohttp.ClientError, TimeoutError):
         return Outcome(0, False, time.monotonic() - began_s)
 

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--replicas", type=int, help="instead of the model's default deployment")
     p.add_argument("--kv-tokens", type=int, help="KV tokens of each replica")
     p.add_argument("--lengths", choices=sorted(LENGTHS), default="uniform")
+    p.add_argument("--shared-prefix", type=float, default=0.0, metavar="RATIO", help="so many prompts begin alike")
     p.add_argument("--speed-up", type=float, default=1.0, help="play the trace so many times as fast")
     p.add_argument("--requests", type=int, help="only the first so many of the trace")
     p.add_argument("--seconds", type=float, help="simulated seconds (default: 60, or the whole trace)")
@@ -95,6 +96,7 @@ def workload(args: argparse.Namespace) -> tuple[Workload, float]:
 def compare(args: argparse.Namespace) -> dict[str, Result]:
     """The same workload under every contender."""
     work, seconds = workload(args)
+    work = replace(work, shared_prefix_ratio=args.shared_prefix)
     default = DEPLOYMENTS[args.model]
     deployment = Deployment(args.model, args.replicas or default.replicas, args.kv_tokens or default.kv_tokens)
     curves = engine_model.load(args.parameters)[args.model]
@@ -114,7 +116,7 @@ COLUMNS = (
     ("tpot_p50", "TPOT p50 ms", 1e3, ".2f"), ("tpot_p99", "p99 ms", 1e3, ".2f"), ("goodput", "goodput/s", 1.0, ".2f"),
     ("completed", "done", 1, "d"), ("rejected", "rejected", 1, "d"), ("preemptions", "preemptions", 1, "d"),
     ("kv_mean", "KV mean", 1.0, ".2f"), ("kv_max", "max", 1.0, ".2f"), ("active_mean", "active", 1.0, ".2f"),
-    ("reversals", "turns", 1, "d"),
+    ("reversals", "turns", 1, "d"), ("load_ratio_max", "load max", 1.0, ".2f"),
 )  # fmt: skip
 
 

@@ -29,6 +29,10 @@ RAMP_S = 0.2
 TRUE_BYTES_PER_TOKEN = 4.4
 BYTES_SCATTER = 0.1
 
+SHARED_START = "The prompt that many share begins with these words."
+# With fewer requests than these for each active replica, one more or less is a large share of the mean.
+ENOUGH_REQUESTS = 8
+
 _ARRIVAL, _STEP, _TICK, _SAMPLE, _CLIENTS = range(5)
 
 
@@ -55,7 +59,10 @@ class Case:
 
 @dataclass(slots=True)
 class Result:
-    """What a run showed. Times in seconds; `timeline` rows are (second, active, output tokens/s, KV ratio, waiting)."""
+    """What a run showed. Times in seconds; `timeline` rows are (second, active, output tokens/s, KV ratio, waiting).
+
+    `load_ratio_max` is the most requests that one active replica held, over their mean.
+    """
 
     throughput: float
     prompt_throughput: float
@@ -74,6 +81,7 @@ class Result:
     active_mean: float
     changes: int
     reversals: int
+    load_ratio_max: float
     lost: int
     timeline: list[tuple[float, int, float, float, int]]
 
@@ -100,6 +108,7 @@ class Simulation:
         self.wanted_clients = 0
         self.timeline: list[tuple[float, int, float, float, int]] = []
         self.output_at_warmup = self.prompt_at_warmup = 0
+        self.load_ratios: list[float] = []
         self._last_output = 0
         self._learn_at_s = 0.0
         self._order = itertools.count()
@@ -158,7 +167,9 @@ class Simulation:
         scatter = self.rng.gauss(1.0, BYTES_SCATTER)
         text_bytes = max(1, round(request.prompt * TRUE_BYTES_PER_TOKEN * scatter))
         cap = 1 << max(4, (request.output - 1).bit_length())  # clients ask for a round number above what comes
-        return self.estimator.cost(Prompt(text_bytes=text_bytes), cap)
+        shared = self.case.workload.shared_prefix_ratio
+        alike = shared > 0.0 and self.rng.random() < shared
+        return self.estimator.cost(Prompt(text_bytes=text_bytes, start=SHARED_START if alike else ""), cap)
 
     def _apply(self, request: Request, decision: Decision) -> None:
         if decision.verdict is Verdict.WAIT:
@@ -224,6 +235,9 @@ class Simulation:
         rate = (output - self._last_output) / SAMPLE_S
         self.timeline.append((round(self.now_s, 3), len(self.dispatcher.active), rate, kv, len(self.waiting)))
         self._last_output = output
+        loads = [self.engines[slot].in_flight for slot in self.dispatcher.active]
+        if self.now_s > self.case.warmup_s and sum(loads) >= ENOUGH_REQUESTS * len(loads) > 0:
+            self.load_ratios.append(max(loads) / mean(loads))
         if self.now_s <= self.case.warmup_s:
             self.output_at_warmup, self.prompt_at_warmup = output, sum(e.prompt_total for e in self.engines)
         self._at(self.now_s + SAMPLE_S, _SAMPLE, None)
@@ -252,7 +266,7 @@ class Simulation:
             preemptions=sum(e.preemptions for e in self.engines),
             kv_mean=mean([row[3] for row in window]), kv_max=max((row[3] for row in window), default=0.0),
             active_mean=mean([row[1] for row in window]), changes=changes(actives), reversals=reversals(actives),
-            lost=self._lost(), timeline=self.timeline,
+            load_ratio_max=max(self.load_ratios, default=math.nan), lost=self._lost(), timeline=self.timeline,
         )  # fmt: skip
 
     def _good(self, r: Request) -> bool:

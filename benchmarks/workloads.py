@@ -62,6 +62,8 @@ class Workload:
     clients: tuple[tuple[float, int], ...] = ()
     rates: tuple[tuple[float, float], ...] = ()
     arrivals: tuple[Arrival, ...] = ()
+    shared_prefix_ratio: float = 0.0
+    """Share of requests whose prompts begin alike."""
 
     def open_arrivals(self, seconds: float, rng: random.Random) -> Iterator[Arrival]:
         """Arrivals that do not depend on answers, in order."""

@@ -232,6 +232,7 @@ def stat_logger(slot: Slot) -> Any:
 
         def log_engine_initialized(self) -> None:
             cache, scheduler = self._config.cache_config, self._config.scheduler_config
-            slot.engine_ready(cache.num_gpu_blocks or 0, cache.block_size, scheduler.max_num_seqs)
+            # vLLM keeps the first block for itself.
+            slot.engine_ready(max(0, (cache.num_gpu_blocks or 0) - 1), cache.block_size, scheduler.max_num_seqs)
 
     return SlotLogger

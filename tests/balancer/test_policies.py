@@ -146,6 +146,20 @@ def test_short_gpu_memory_stops_admission_until_it_has_recovered() -> None:
     assert placed(policy, COST, snapshot(replica(0), gpus=(gpu(1200),))) == 0
 
 
+def test_a_pressure_that_comes_and_goes_closes_the_gate_once_and_opens_it_once() -> None:
+    """GPU memory use rises from 0 to 0.95 and falls back, with readings that scatter by 2 % of the reserve."""
+    policy, rng = aware(active_set=1), random.Random(3)
+    uses = [step / 400 for step in range(381)]
+    open_at = []
+    for k, use in enumerate(uses + uses[::-1]):
+        now_s, free = NOW_S + k / 20, round(10_000 * (1.0 - use) + rng.uniform(-20, 20))
+        shot = snapshot(replica(0, written_at_s=now_s), gpus=(gpu(free, taken_at_s=now_s),), now_s=now_s)
+        open_at.append(placed(policy, COST, shot) == 0)
+    turns = [k for k in range(1, len(open_at)) if open_at[k] is not open_at[k - 1]]
+    assert len(turns) == 2
+    assert [(uses + uses[::-1])[k] for k in turns] == [pytest.approx(0.9, abs=0.005), pytest.approx(0.89, abs=0.005)]
+
+
 def test_a_stale_gpu_reading_steers_nothing() -> None:
     """An old reading of too little memory does not stop admission."""
     assert placed(aware(active_set=1), COST, snapshot(replica(0), gpus=(gpu(0, taken_at_s=NOW_S - 60.0),))) == 0

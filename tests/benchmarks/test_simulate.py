@@ -285,6 +285,14 @@ def test_a_storm_of_long_outputs_preempts_less_than_round_robin() -> None:
     assert aware.preempted_requests <= 0.01 * aware.started + 1
 
 
+def test_a_prefix_that_nearly_all_share_overloads_no_replica() -> None:
+    """Nine prompts of ten begin alike: none of four replicas holds more than 1.5 times the mean at any sample."""
+    crowd = replace(closed(256, MIXED), shared_prefix_ratio=0.9)
+    alike, apart = (run("opt", work, active_set=4) for work in (crowd, closed(256, MIXED)))
+    assert 1.0 < alike.load_ratio_max <= 1.5
+    assert alike.completed >= 0.97 * apart.completed
+
+
 def test_clients_leave_when_their_number_falls() -> None:
     """After a step down no more requests run than there are clients."""
     work = steps([(0.0, 40), (4.0, 5)])

@@ -49,12 +49,19 @@ def error_of(text: str) -> dict[str, Any]:
     return dict(json.loads(text.strip().rpartition("\n")[2].removeprefix("data: "))["error"])
 
 
+def metrics_stood(figures: dict[str, Any]) -> None:
+    """`/metrics` was read all the while, and showed the same number of series each time."""
+    assert figures["scrapes"] > 0
+    assert len(set(figures["scraped_series"])) == 1
+
+
 def test_a_storm_with_killed_replicas_loses_no_request() -> None:
     """1.5 times capacity, hang-ups, long streams, kills: both ledgers agree, and nothing is left in flight."""
     figures = run(chaos.storm_with_kills(600, 1.0))
     assert figures["lost"] == 0
     assert figures["kills"] > 0
     assert figures["client_completed"] > 0
+    metrics_stood(figures)
 
 
 def test_clients_that_hang_up_queued_and_running_free_their_places() -> None:
@@ -70,6 +77,7 @@ def test_under_overload_who_is_refused_is_told_and_who_is_held_finishes() -> Non
     figures = run(chaos.overload(4.0))
     assert figures["lost"] == figures["server_failed"] == 0
     assert figures["client_rejected"] > figures["client_completed"] > 0
+    metrics_stood(figures)
 
 
 def test_a_stopped_process_and_a_frozen_engine_leave_the_rotation_and_return() -> None:
@@ -77,11 +85,14 @@ def test_a_stopped_process_and_a_frozen_engine_leave_the_rotation_and_return() -
     figures = run(chaos.stopped_replica())
     assert figures["stopped_out_s"] < 10.0
     assert figures["frozen_out_s"] < 10.0
+    metrics_stood(figures)
 
 
 def test_a_killed_router_loses_no_stream() -> None:
     """What runs at the replicas goes on without it; once it is back, so does the rest."""
-    assert run(chaos.killed_router(1))["streams_lost"] == 0
+    figures = run(chaos.killed_router(1))
+    assert figures["streams_lost"] == 0
+    metrics_stood(figures)
 
 
 def test_a_full_disk_costs_logs_and_no_request() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ def guarded(keys: Path) -> Callable[[dict[str, Any]], None]:
         application = document["applications"][0]
         application["import_path"] = "benchmarks.echo_app:build"
         access = {"api_keys_file": str(keys), "body_s": 1.5, "header_s": 1.0, "body_bytes": 4 << 20}
-        application["args"] = {"replicas": 2, "device": "cpu", "access": access}
+        balancer = {"policy": "round_robin"}
+        application["args"] = {"replicas": 2, "device": "cpu", "access": access, "balancer": balancer}
 
     return change
 
@@ -83,6 +85,15 @@ def test_only_holders_of_a_key_are_served(site: Site) -> None:
     assert ask(site, ALICE, "x-api-key").status == 200
     models = send(site.url, head("GET", "/v1/models", f"authorization: Bearer {ALICE}"))
     assert models.status == 200
+
+
+def test_the_configured_policy_is_followed_with_a_router_and_without(site: Site) -> None:
+    """Round robin: of ten requests one after the other each replica gets its share."""
+    answers = [ask(site, ALICE) for _ in range(10)]
+    assert {a.policy for a in answers} == {"round_robin"}
+    counts = Counter(a.replica for a in answers)
+    assert len(counts) == 2
+    assert min(counts.values()) >= 3
 
 
 def test_routes_that_are_not_public_do_not_exist_even_for_holders(site: Site) -> None:
