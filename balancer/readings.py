@@ -72,6 +72,7 @@ class ReplicaReading:
     `awaiting_requests` have arrived whole and wait for the engine's next word; `engine_steps_total` tells a busy engine
     from a stopped one. `server_errors_in_a_row` counts answers that failed by the engine's fault since the last that
     did not; client errors count for nothing.
+    `received_total` and `finished_total` count what came to be served: neither probes nor what a router turned away.
     `received_by_router[row]` counts the requests that came from the router holding that row of the board.
     """
 

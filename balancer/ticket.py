@@ -41,6 +41,11 @@ class Ticket:
     waited_s: float = 0.0
 
     @property
+    def served(self) -> bool:
+        """Whether it is work for an engine: neither turned away nor a probe."""
+        return self.status == 200 and not self.probe
+
+    @property
     def routed(self) -> bool:
         """Whether a router wrote it, for a request that entered there."""
         return self.slot != NO_SLOT

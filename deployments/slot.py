@@ -60,8 +60,12 @@ class Slot:
         self.publish()
 
     def received(self, ticket: Ticket) -> int:
-        """A request has come in; the number it goes by until it is finished."""
-        self.fields.received_total += 1
+        """A request has come in; the number it goes by until it is finished.
+
+        One that the router turned away is counted in the ledger alone: taken for an answer, it would teach that answers
+        are short, and that the queue drains fast.
+        """
+        self.fields.received_total += ticket.served
         self.fields.in_flight_requests += ticket.sequences
         self.fields.in_flight_tokens += ticket.tokens
         self.fields.kv_tokens_peak += ticket.tokens + ticket.sequences * self._rounding
@@ -83,7 +87,7 @@ class Slot:
         """
         ticket, _ = self._requests.pop(number)
         fields = self.fields
-        fields.finished_total += 1
+        fields.finished_total += ticket.served
         fields.in_flight_requests -= ticket.sequences
         fields.in_flight_tokens -= ticket.tokens
         if engine_failed:

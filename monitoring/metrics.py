@@ -105,11 +105,11 @@ REPLICA_STARTS = _counter("replica_starts_total", "Replicas seen to begin in the
 REPLICA_PROMPT_TOKENS = _counter("replica_prompt_tokens_total", "Prompt tokens processed", "slot")
 REPLICA_OUTPUT_TOKENS = _counter("replica_output_tokens_total", "Tokens generated", "slot")
 REPLICA_PREEMPTIONS = _counter("replica_preemptions_total", "Requests put back for want of KV cache", "slot")
-REPLICA_RECEIVED = _counter("replica_received_requests_total", "Requests received, even to be refused", "slot")
+REPLICA_RECEIVED = _counter("replica_received_requests_total", "Requests received to be served", "slot")
 REPLICA_PREDICTED = _counter("replica_predicted_tokens_total", "Output tokens predicted for whole answers", "slot")
 REPLICA_ANSWERED = _counter("replica_answered_tokens_total", "Output tokens that those answers had", "slot")
 REPLICA_ERROR = _counter("replica_estimate_error_tokens_total", "Sum of the differences, without their signs", "slot")
-REPLICA_FINISHED = _counter("replica_finished_requests_total", "Requests answered, refused or abandoned", "slot")
+REPLICA_FINISHED = _counter("replica_finished_requests_total", "Of these, answered or abandoned", "slot")
 
 ENTERED = _counter("requests_entered_total", "Requests that came in, each counted once")
 ENDED = _counter("requests_ended_total", "Requests that ended, by how; those lost on their way end nowhere", "end")

@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_read_is_one_sentence(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a folder nor a model of the hub that can be reached."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     file.write_text(file.read_text().replace(f"model: {file.parent}", "model: nobody/nothing-like-this"))
     assert main(["plan", str(file), "--card", "A10"]) == 2
     captured = capsys.readouterr()

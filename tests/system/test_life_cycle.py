@@ -47,8 +47,9 @@ def test_a_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
     assert "http_options.port" in ended.stderr
 
 
+@pytest.mark.long
 def test_without_haproxy_serves_own_proxy_brings_requests_to_the_engine(tmp_path: Path) -> None:
-    """A real engine; which of several takes a request without HAProxy is in test_access.py."""
+    """A real engine; the same way to replicas without one is in test_access.py."""
     with running(tmp_path, "--plain", change=one_replica) as system:
         answers = [system.complete(temperature=0.0) for _ in range(8)]
         assert {a.status for a in answers} == {200}
