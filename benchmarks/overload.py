@@ -3,8 +3,8 @@
 Two engines of the demo model with a KV cache of a few thousand tokens; `--clients` clients in a closed loop ask for
 long streamed answers. Each policy is started in turn with the same seed. A row holds what became of every request
 (answered, turned away with 429 or 503 and whether with Retry-After, lost), how often the engines preempted (from the
-board), and the longest time between two tokens of each answer, by a clock that stands still while the machine does:
-a host that takes this machine's cores away for seconds is no engine that makes no token.
+board), and how many answers were without a token for more than a second: in all, and while others of the same replica
+had theirs (without these, an engine was stopped as a whole, or the machine was).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import random
 import sys
 import time
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,27 +31,8 @@ from deployments.processes import runs_folder
 
 KV_TOKENS = 4096
 KV_BYTES_PER_TOKEN = 4096  # the demo model: 4 layers of 256, keys and values, 2 bytes each
-# Busy engines keep a client from its core for a few time slices; what takes longer than this took the core from all.
-TICK_S, PAUSE_S = 0.01, 0.25
+LONG_GAP_S = 1.0
 QUEUE = {"queue_limit": 24, "queue_deadline_s": 20.0}
-
-
-class RunningClock:
-    """Seconds in which this process ran: those that a pause of the machine takes are left out."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-        self.paused_s = 0.0
-
-    async def run(self) -> None:
-        """For ever: cancel it to end."""
-        while True:
-            began_s = time.monotonic()
-            await asyncio.sleep(TICK_S)
-            passed_s = time.monotonic() - began_s
-            paused_s = passed_s if passed_s > PAUSE_S else 0.0
-            self.now_s += passed_s - paused_s
-            self.paused_s += paused_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +40,8 @@ class Outcome:
     status: int
     retry_after: bool
     seconds: float
-    longest_gap_s: float = 0.0  # between two tokens
+    replica: str = ""
+    moments_s: tuple[float, ...] = ()  # at which its tokens came
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,14 +64,12 @@ def measure(policy: str, clients: int, requests: int, seed: int) -> dict[str, An
     """Start the system under `policy`, overload it, and count."""
     with serving({"import_path": "deployments.app:build", "args": arguments_for(policy)}) as url:
         began_s = time.monotonic()
-        clock = RunningClock()
-        outcomes = asyncio.run(_clients(url, clients, requests, seed, clock))
+        outcomes = asyncio.run(_clients(url, clients, requests, seed))
         wall_s = time.monotonic() - began_s
         preemptions, finished = _counters()
     statuses = collections.Counter(o.status for o in outcomes)
     refused = [o for o in outcomes if o.status in (429, 503)]
     answered = sorted(o.seconds for o in outcomes if o.status == 200)
-    gaps = sorted(o.longest_gap_s for o in outcomes if o.status == 200)
     return {
         "policy": policy,
         "clients": clients,
@@ -102,12 +83,35 @@ def measure(policy: str, clients: int, requests: int, seed: int) -> dict[str, An
         "requests_served_by_replicas": finished,
         "answers_per_s": round(len(answered) / wall_s, 2),
         "answer_p50_s": round(answered[len(answered) // 2], 2) if answered else None,
-        "longest_gap_p50_s": round(gaps[len(gaps) // 2], 2) if gaps else None,
-        "longest_gap_s": round(gaps[-1], 2) if gaps else None,
-        "over_a_second_without_a_token": sum(gap > 1.0 for gap in gaps),
+        **gaps([o for o in outcomes if o.status == 200]),
         "wall_s": round(wall_s, 1),
-        "machine_paused_s": round(clock.paused_s, 1),
     }
+
+
+def gaps(answered: Sequence[Outcome]) -> dict[str, Any]:
+    """The longest time between two tokens of an answer, and how many answers had one of more than a second: in all, and
+    passed over, which means that another answer of the same replica went on in the middle half of it."""
+    longest = [max(itertools.pairwise(o.moments_s), key=_seconds, default=(0.0, 0.0)) for o in answered]
+    heard: dict[str, list[float]] = collections.defaultdict(list)
+    for o in answered:
+        heard[o.replica] += o.moments_s
+    for moments_s in heard.values():
+        moments_s.sort()
+    long = [(o, start, end) for o, (start, end) in zip(answered, longest, strict=True) if end - start > LONG_GAP_S]
+    return {
+        "longest_gap_s": round(max(map(_seconds, longest), default=0.0), 2),
+        "over_a_second_without_a_token": len(long),
+        "passed_over": sum(_others_went_on(heard[o.replica], start, end) for o, start, end in long),
+    }
+
+
+def _seconds(gap: tuple[float, float]) -> float:
+    return gap[1] - gap[0]
+
+
+def _others_went_on(moments_s: Sequence[float], start_s: float, end_s: float) -> bool:
+    quarter_s = (end_s - start_s) / 4
+    return bisect(moments_s, start_s + quarter_s) < bisect(moments_s, end_s - quarter_s)
 
 
 def arguments_for(policy: str) -> dict[str, Any]:
@@ -124,22 +128,20 @@ def arguments_for(policy: str) -> dict[str, Any]:
     return {"model": "demo", "replicas": 2, "engine": engine, "balancer": balancer}
 
 
-async def _clients(url: str, clients: int, requests: int, seed: int, clock: RunningClock) -> list[Outcome]:
+async def _clients(url: str, clients: int, requests: int, seed: int) -> list[Outcome]:
     rng = random.Random(seed)
     wishes = iter([_wish(rng) for _ in range(requests)])
     outcomes: list[Outcome] = []
-    ticking = asyncio.create_task(clock.run())
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session:
 
         async def client() -> None:
             for wish in wishes:
-                outcome = await _ask(session, url, wish, clock)
+                outcome = await _ask(session, url, wish)
                 outcomes.append(outcome)
                 if outcome.status != 200:
                     await asyncio.sleep(1.0)  # what Retry-After asks for at least
 
         await asyncio.gather(*(client() for _ in range(clients)))
-    ticking.cancel()
     return outcomes
 
 
@@ -154,15 +156,15 @@ def _wish(rng: random.Random) -> dict[str, Any]:
     }
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, wish: dict[str, Any], clock: RunningClock) -> Outcome:
+async def _ask(session: aiohttp.ClientSession, url: str, wish: dict[str, Any]) -> Outcome:
     began_s = time.monotonic()
     try:
         async with session.post(f"{url}/v1/completions", json=wish) as answer:
-            pieces = [(clock.now_s, piece) async for piece in answer.content.iter_any()]
-            gaps_s = (later - earlier for (earlier, _), (later, _) in itertools.pairwise(pieces))
+            pieces = [(time.monotonic(), piece) async for piece in answer.content.iter_any()]
             whole = answer.status != 200 or pieces[-1][1].endswith(b"data: [DONE]\n\n")
             status, taken_s = answer.status if whole else 0, time.monotonic() - began_s
-            return Outcome(status, "retry-after" in answer.headers, taken_s, max(gaps_s, default=0.0))
+            replica, moments_s = answer.headers.get("x-splitwiser-replica", ""), tuple(moment for moment, _ in pieces)
+            return Outcome(status, "retry-after" in answer.headers, taken_s, replica, moments_s)
     except (aiohttp.ClientError, TimeoutError):
         return Outcome(0, False, time.monotonic() - began_s)
 

@@ -18,7 +18,7 @@ from monitoring.exporter import Exporter
 
 EVERY_S = 0.05
 LIMIT_S = 0.1
-_END_WITHIN_S = 10.0
+_END_WITHIN_S = 30.0
 
 
 class Scrapes:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,20 +215,19 @@ def test_a_planned_restart_under_load_loses_no_request(tmp_path: Path) -> None:
     """`splitwiser restart` of one replica after the other, while streams run and requests come: all are answered."""
     with running(tmp_path) as system:
         before = ends(system)
-        statuses: list[int] = []
-        stop_asking = threading.Event()
-        asking = threading.Thread(target=ask_until, args=(system, stop_asking, statuses))
-        asking.start()
-        try:
-            for old in sorted(readings(system), key=lambda r: r.slot):
-                running_streams = streams.start(system.url, 4, **{**LONG, "max_tokens": 200})
-                assert restart(board_path(system.run_id), old.slot) == 0
-                assert all(s.ended.wait(60) and s.done for s in running_streams)
-                until(lambda old=old: renewed(system, old), within_s=300.0)  # type: ignore[misc]
-                until(lambda: len({system.complete(max_tokens=2).replica for _ in range(6)}) == 2, within_s=60.0)
-        finally:
-            stop_asking.set()
-            asking.join()
+        over = threading.Event()
+        with ThreadPoolExecutor() as pool:
+            asking = pool.submit(ask_until, system, over.is_set)
+            try:
+                for old in sorted(readings(system), key=lambda r: r.slot):
+                    running_streams = streams.start(system.url, 4, **{**LONG, "max_tokens": 200})
+                    assert restart(board_path(system.run_id), old.slot) == 0
+                    assert all(s.ended.wait(60) and s.done for s in running_streams)
+                    until(lambda old=old: renewed(system, old), within_s=300.0)  # type: ignore[misc]
+                    until(lambda: len({system.complete(max_tokens=2).replica for _ in range(6)}) == 2, within_s=60.0)
+            finally:
+                over.set()
+        statuses = asking.result()
         assert set(statuses) == {200}
         after = ends(system)
         assert (after.failed - before.failed, after.rejected - before.rejected) == (0, 0)
@@ -244,10 +244,16 @@ def ready(system: System) -> set[str]:
     return {r.replica_id for r in readings(system) if r.state.name == "READY"}
 
 
-def ask_until(system: System, stop_asking: threading.Event, statuses: list[int]) -> None:
-    while not stop_asking.is_set():
-        statuses.append(system.complete(max_tokens=8).status)
-        time.sleep(0.05)
+def ask_until(system: System, over: Callable[[], bool]) -> list[int]:
+    """The statuses of one request after the other; 0 where the connection broke."""
+    found = []
+    while not over():
+        try:
+            found.append(system.complete(max_tokens=2).status)
+        except OSError:
+            found.append(0)
+        time.sleep(0.02)
+    return found
 
 
 @pytest.mark.long
@@ -303,15 +309,8 @@ def stood_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 def steady(system: System, seconds: float) -> list[int]:
-    """The statuses of one request after the other for so long."""
-    end_s, found = time.monotonic() + seconds, []
-    while time.monotonic() < end_s:
-        try:
-            found.append(system.complete(max_tokens=2).status)
-        except OSError:
-            found.append(0)
-        time.sleep(0.02)
-    return found
+    end_s = time.monotonic() + seconds
+    return ask_until(system, lambda: time.monotonic() >= end_s)
 
 
 def test_a_killed_controller_costs_no_request(stood_in: System) -> None:
