@@ -50,11 +50,12 @@ class Deployment:
 
 
 class Request:
-    """One request and what became of it; `made` counts its output tokens so far."""
+    """One request and what became of it; `made` counts its output tokens so far, `stalled_s` is the longest time that a
+    preemption kept it without another."""
 
     __slots__ = (
         "arrived_s", "client", "context", "cost", "ended_s", "first_s", "index", "made", "output", "preempted",
-        "prompt", "rejected", "since_step", "slot", "tokens",
+        "prompt", "rejected", "since_step", "slot", "stalled_s", "stopped_s", "tokens",
     )  # fmt: skip
 
     def __init__(self, index: int, arrived_s: float, prompt: int, output: int, client: int = -1) -> None:
@@ -68,6 +69,8 @@ class Request:
         self.ended_s = math.nan
         self.rejected = 0
         self.preempted = 0
+        self.stopped_s = math.nan
+        self.stalled_s = 0.0
         self.made = 0
         self.slot = -1
         self.tokens = 0
@@ -143,7 +146,7 @@ class Engine:
 
     def begin(self, now_s: float) -> bool:
         """Start the next step; False when there is nothing to do."""
-        self._make_room()
+        self._make_room(now_s)
         prompts = self._schedule_prompts()
         batch = self.decoders
         self._changed = True
@@ -164,12 +167,12 @@ class Engine:
         until_full = (self.kv_total - self.kv) // batch
         return max(1, min(MOST_LIKE_STEPS, until_end, until_full))
 
-    def _make_room(self) -> None:
+    def _make_room(self, now_s: float) -> None:
         """Preempt the newest until the next step's tokens fit (vLLM's recompute preemption)."""
         while self.kv + self.decoders > self.kv_total and len(self.admitted) > 1:
-            self._preempt(self.admitted.pop())
+            self._preempt(self.admitted.pop(), now_s)
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, now_s: float) -> None:
         if request.since_step < 0:
             self.prefilling = deque((r, left) for r, left in self.prefilling if r is not request)
         else:
@@ -181,6 +184,8 @@ class Engine:
             self.decoders -= 1
         self.kv -= request.context + BLOCK_LOSS_TOKENS
         request.preempted += 1
+        if math.isnan(request.stopped_s):
+            request.stopped_s = now_s
         request.since_step = -1
         self.preemptions += 1
         self.waiting.appendleft(request)
@@ -263,6 +268,9 @@ class Engine:
     def _first_token(self, request: Request, now_s: float) -> None:
         if request.made == 0:
             request.first_s = now_s
+        else:
+            request.stalled_s = max(request.stalled_s, now_s - request.stopped_s)
+        request.stopped_s = math.nan
         request.made += 1
         request.context += 1
         request.since_step = self.steps

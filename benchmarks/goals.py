@@ -293,7 +293,8 @@ class Goals:
             ratio = {name: r.preempted_requests / max(1, r.started) for name, r in shares.items()}
             mine, field_ = shares["gpu_aware"], shares["round_robin"]
             found = (
-                f"{ratio['gpu_aware']:.2%} (round robin {ratio['round_robin']:.1%}); throughput "
+                f"{ratio['gpu_aware']:.2%} (round robin {ratio['round_robin']:.1%}), the same at most "
+                f"{mine.preempted_most} times, {mine.stalled_s:.2f} s without a token; throughput "
                 f"x{mine.throughput / max(1e-9, field_.throughput):.2f}"
             )
             lines.append(Line("preempted <= 1 % of requests", f"{model} storm", found, ratio["gpu_aware"] <= 0.01))

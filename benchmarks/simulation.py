@@ -61,7 +61,8 @@ class Case:
 class Result:
     """What a run showed. Times in seconds; `timeline` rows are (second, active, output tokens/s, KV ratio, waiting).
 
-    `load_ratio_max` is the most requests that one active replica held, over their mean.
+    `load_ratio_max` is the most requests that one active replica held, over their mean; `preempted_most` how often the
+    same request was preempted at most, `stalled_s` the longest that a preemption left one without a token.
     """
 
     throughput: float
@@ -76,6 +77,8 @@ class Result:
     started: int
     preempted_requests: int
     preemptions: int
+    preempted_most: int
+    stalled_s: float
     kv_mean: float
     kv_max: float
     active_mean: float
@@ -265,6 +268,8 @@ class Simulation:
             started=sum(not math.isnan(r.first_s) for r in self.requests),
             preempted_requests=sum(r.preempted > 0 for r in self.requests),
             preemptions=sum(e.preemptions for e in self.engines),
+            preempted_most=max((r.preempted for r in self.requests), default=0),
+            stalled_s=max((r.stalled_s for r in self.requests), default=0.0),
             kv_mean=mean([row[3] for row in window]), kv_max=max((row[3] for row in window), default=0.0),
             active_mean=mean([row[1] for row in window]), changes=changes(actives), reversals=reversals(actives),
             load_ratio_max=max(self.load_ratios, default=math.nan), lost=self._lost(), timeline=self.timeline,
