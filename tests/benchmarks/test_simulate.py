@@ -274,8 +274,10 @@ def test_overload_is_turned_away_not_lost() -> None:
 
 
 def test_a_storm_of_long_outputs_preempts_less_than_round_robin() -> None:
-    """With caches of 3,000 tokens and long answers, late binding avoids the preemptions that round robin causes. None is
-    preempted more than four times, or left without a token for a second."""
+    """With caches of 3,000 tokens and long answers, late binding avoids the preemptions that round robin causes.
+
+    None is preempted more than four times, or left without a token for a second.
+    """
     small = Deployment("opt", 4, 3000)
     storm = closed(40, replace(UNIFORM, mixture=((1.0, 100, 400),)))
     aware, robin = (
