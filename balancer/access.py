@@ -122,16 +122,18 @@ class TokenBucket:
 
 
 class Meter:
-    """One key's buckets."""
+    """One key's buckets, with the share in its limits of one of so many doors."""
 
-    def __init__(self, limits: Limits, now_s: float) -> None:
+    def __init__(self, limits: Limits, doors: int, now_s: float) -> None:
         self.limits = limits
-        self._requests = limits.requests_per_minute and TokenBucket(limits.requests_per_minute, now_s)
-        self._tokens = limits.tokens_per_minute and TokenBucket(limits.tokens_per_minute, now_s)
+        share = limits.shared_by(doors)
+        self._concurrent = share.concurrent
+        self._requests = share.requests_per_minute and TokenBucket(share.requests_per_minute, now_s)
+        self._tokens = share.tokens_per_minute and TokenBucket(share.tokens_per_minute, now_s)
 
     def admit(self, tokens: int, concurrent: int, now_s: float) -> Decision | None:
         """Take one request of `tokens`, `concurrent` counting it; or the refusal, which takes nothing."""
-        if self.limits.concurrent is not None and concurrent > self.limits.concurrent:
+        if self._concurrent is not None and concurrent > self._concurrent:
             return reject(429, "too_many_at_once", _CONCURRENT_RETRY_S)
         if self._requests and (wait_s := self._requests.wait_s(1.0, now_s)):
             return reject(429, "request_rate", wait_s)
@@ -145,13 +147,17 @@ class Meter:
 
 
 class Access:
-    """The keys of one door and what each has used. Without keys everybody is one holder, with the default limits."""
+    """The keys of one door and what each has used. Without keys everybody is one holder, with the default limits.
+
+    Of `doors` doors that count for themselves, each lets in its share.
+    """
 
     def __init__(
-        self, keys: Callable[[], Keys | None], clock: Callable[[], float], defaults: Limits = Limits()
+        self, keys: Callable[[], Keys | None], clock: Callable[[], float], defaults: Limits = Limits(), doors: int = 1
     ) -> None:
         self._keys = keys
         self._clock = clock
+        self._doors = doors
         self._anyone = dataclasses.replace(ANYONE, limits=defaults)
         self._meters: dict[str, Meter] = {}
 
@@ -171,7 +177,7 @@ class Access:
         now_s = self._clock()
         meter = self._meters.get(key.name)
         if meter is None or meter.limits != key.limits:
-            meter = self._meters[key.name] = Meter(key.limits, now_s)
+            meter = self._meters[key.name] = Meter(key.limits, self._doors, now_s)
         return meter.admit(tokens, concurrent, now_s)
 
 

@@ -48,11 +48,13 @@ async def scraped(board: Path, slots: int) -> AsyncIterator[Scrapes]:
         sys.executable, "-m", "benchmarks.scrapes", str(board), str(slots),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
+    assert process.stdin is not None
     assert process.stdout is not None
     try:
         assert await process.stdout.readline() == b"up\n"
         yield found
     finally:
+        process.stdin.close()
         async with asyncio.timeout(_END_WITHIN_S):
             answer, _ = await process.communicate()
     assert process.returncode == 0, "a reading of /metrics failed"

@@ -31,9 +31,9 @@ def limits(config: AccessConfig) -> Limits:
 
 def access(config: AccessConfig, clock: Callable[[], float], doors: int = 1) -> Access:
     """The keys, and the part of their limits that one of `doors` doors lets in. Raises ConfigError."""
-    path, mine = config.api_keys_file, limits(config).shared_by(doors)
+    path, default = config.api_keys_file, limits(config)
     try:
-        return Access(KeySource(Path(path) if path else None, mine, clock), clock, mine)
+        return Access(KeySource(Path(path) if path else None, default, clock), clock, default, doors)
     except KeyFileError as error:
         raise ConfigError(str(error)) from None
 

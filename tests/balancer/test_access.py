@@ -196,6 +196,9 @@ def test_doors_that_count_for_themselves_share_the_limits() -> None:
     """Three replicas without a common router let in as much as one would; nobody gets a limit of 0."""
     assert Limits(30, None, 4).shared_by(3) == Limits(10, None, 2)
     assert Limits().shared_by(3) == Limits()
+    by_file = parse_keys(f"a {ALICE} requests_per_minute=6", Limits())
+    doors = [Access(lambda: by_file, lambda: 0.0, doors=3) for _ in range(3)]
+    assert sum(door.admit(by_file[0], 1) is None for door in doors for _ in range(6)) == 6
 
 
 @given(
