@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from balancer.knobs import Knobs
-from balancer.readings import Asked, ReplicaReading, RequestCost, Snapshot
+from balancer.readings import ReplicaReading, RequestCost, Snapshot
 
 # English text of current tokenizers; corrected as soon as engines report.
 BYTES_PER_TOKEN = 4.0
@@ -138,11 +138,7 @@ def tempered_cap(caps: Sequence[float], mean_output: float) -> float:
 
 
 class CostEstimator:
-    """One router's estimates, corrected by `learn`. Never raises, whatever the body.
-
-    What engines count is held against the requests that they were given (`assigned`): under overload those turned away
-    are the larger ones, as a small one finds room sooner.
-    """
+    """One router's estimates, corrected by `learn`. Never raises, whatever the body."""
 
     def __init__(self, knobs: Knobs) -> None:
         self.knobs = knobs
@@ -152,7 +148,7 @@ class CostEstimator:
         self._caps: deque[float] = deque(maxlen=CAPS_REMEMBERED)
         self._text_bytes = 0
         self._exact_tokens = 0
-        self._assigned = 0
+        self._estimated = 0
         self._answers = 0
         self._readings: dict[int, ReplicaReading] = {}
         self._pending = [0, 0, 0, 0]
@@ -168,26 +164,17 @@ class CostEstimator:
     def cost(
         self, prompt: Prompt, cap: int | None, sequences: int = 1, session: str = "", priority: int = 0
     ) -> RequestCost:
-        """From the measured parts."""
+        """From the measured parts; remembers them to learn from."""
+        self._estimated += 1
+        self._text_bytes += prompt.text_bytes
+        self._exact_tokens += prompt.tokens
+        self._caps.append(math.inf if cap is None else cap)
         tokens = prompt.tokens + math.ceil(prompt.text_bytes / self.bytes_per_token)
-        asked = Asked(prompt.text_bytes, prompt.tokens, math.inf if cap is None else cap)
+        answers = min(MOST_SEQUENCES, sequences * prompt.prompts)
+        self._answers += answers
         return RequestCost(
-            max(1, min(tokens, MOST_TOKENS)),
-            self._expected_output(cap),
-            min(MOST_SEQUENCES, sequences * prompt.prompts),
-            prompt.fingerprint,
-            session,
-            priority,
-            asked,
+            max(1, min(tokens, MOST_TOKENS)), self._expected_output(cap), answers, prompt.fingerprint, session, priority
         )
-
-    def assigned(self, cost: RequestCost) -> None:
-        """Remember a request that goes to an engine, to learn from what engines will have counted."""
-        self._assigned += 1
-        self._text_bytes += cost.asked.text_bytes
-        self._exact_tokens += cost.asked.tokens
-        self._caps.append(cost.asked.output_cap)
-        self._answers += cost.sequences
 
     def _expected_output(self, cap: int | None) -> int:
         level = self.cap if math.isfinite(self.cap) else math.inf
@@ -213,20 +200,20 @@ class CostEstimator:
 
     def _update(self, prompt_tokens: int, received: int, output_tokens: int, finished: int) -> None:
         # Engines count requests; one of many prompts, or with `n`, has many answers.
-        mean = output_tokens / finished * (self._assigned / self._answers if self._answers else 1.0)
+        mean = output_tokens / finished * (self._estimated / self._answers if self._answers else 1.0)
         self.mean_output = mean if self.mean_output is None else self.mean_output + BLEND * (mean - self.mean_output)
         if self._caps:
             self.cap = tempered_cap(self._caps, self.mean_output)
-        if received and self._assigned and self._text_bytes:
+        if received and self._estimated and self._text_bytes:
             self._correct_ratio(prompt_tokens / received)
-        self._text_bytes = self._exact_tokens = self._assigned = self._answers = 0
+        self._text_bytes = self._exact_tokens = self._estimated = self._answers = 0
 
     def _correct_ratio(self, mean_prompt_tokens: float) -> None:
-        text_tokens = mean_prompt_tokens - self._exact_tokens / self._assigned
+        text_tokens = mean_prompt_tokens - self._exact_tokens / self._estimated
         if text_tokens <= 0.0:
             return
         low, high = BYTES_PER_TOKEN_RANGE
-        ratio = min(high, max(low, self._text_bytes / self._assigned / text_tokens))
+        ratio = min(high, max(low, self._text_bytes / self._estimated / text_tokens))
         self.bytes_per_token += BLEND * (ratio - self.bytes_per_token)
 
 

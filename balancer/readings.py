@@ -6,7 +6,6 @@ Times are `time.monotonic()` seconds, which on Linux every process of the machin
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass, field
 
 NO_SLOT = -1
@@ -143,19 +142,8 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a body says by itself: bytes of text, tokens that need no estimate, and the most output tokens for each
-    answer."""
-
-    text_bytes: int = 0
-    tokens: int = 0
-    output_cap: float = math.inf
-
-
-@dataclass(frozen=True, slots=True)
 class RequestCost:
-    """What a request is expected to need. `prefix` fingerprints the start of its prompt (0: unknown); `asked` is what
-    the estimate was made from."""
+    """What a request is expected to need. `prefix` fingerprints the start of its prompt (0: unknown)."""
 
     prompt_tokens: int
     output_tokens: int
@@ -163,7 +151,6 @@ class RequestCost:
     prefix: int = 0
     session: str = ""
     priority: int = 0
-    asked: Asked = Asked()
 
     @property
     def tokens(self) -> int:

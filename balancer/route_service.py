@@ -289,7 +289,6 @@ class RouteService:
         if decision.verdict is Verdict.ASSIGN:
             replica = next(r for r in snapshot.replicas if r.slot == decision.slot)
             self._on_the_way.assigned(replica, cost.tokens, snapshot.now_s, cost.sequences)
-            self._estimator.assigned(cost)
             ticket = _ticket(policy, decision, self._row.index, cost, waited_s)
             self._page.hand_over()
             return self._named(replica, ticket, extra)

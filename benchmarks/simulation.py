@@ -192,7 +192,6 @@ class Simulation:
         engine = self.engines[slot]
         request.slot = slot
         request.tokens = request.cost.tokens
-        self.estimator.assigned(request.cost)
         cut = engine.accept(request, self.now_s)
         if cut:
             self._at(engine.ends_s, _STEP, (engine, engine.version))

@@ -19,11 +19,6 @@ def estimate(body: Any, estimator: CostEstimator | None = None) -> RequestCost:
     return (estimator or CostEstimator(Knobs())).estimate(json.dumps(body).encode())
 
 
-def serve(body: Any, estimator: CostEstimator) -> None:
-    """Estimate it, and give it to an engine."""
-    estimator.assigned(estimate(body, estimator))
-
-
 def reported(prompt_tokens: int, output_tokens: int, requests: int) -> Snapshot:
     """What engines would show after `requests` requests in all."""
     reading = ReplicaReading(
@@ -85,7 +80,7 @@ def test_caps_nobody_means_are_tempered_by_history() -> None:
     estimator = CostEstimator(Knobs())
     estimator.learn(reported(0, 0, 0))
     for _ in range(100):
-        serve({"prompt": "word " * 40, "max_tokens": 4096}, estimator)
+        estimate({"prompt": "word " * 40, "max_tokens": 4096}, estimator)
     estimator.learn(reported(100 * 50, 100 * 50, 100))
     assert estimate({"prompt": "hi", "max_tokens": 4096}, estimator).output_tokens == pytest.approx(50, abs=2)
     assert estimate({"prompt": "hi", "max_tokens": 10}, estimator).output_tokens == 10
@@ -96,7 +91,7 @@ def test_caps_that_clients_mean_stay_what_they_are() -> None:
     estimator = CostEstimator(Knobs())
     estimator.learn(reported(0, 0, 0))
     for i in range(100):
-        serve({"prompt": "hi", "max_tokens": 1000 if i % 2 else 20}, estimator)
+        estimate({"prompt": "hi", "max_tokens": 1000 if i % 2 else 20}, estimator)
     estimator.learn(reported(100, 100 * 510, 100))
     assert estimate({"prompt": "hi", "max_tokens": 1000}, estimator).output_tokens == 1000
 
@@ -107,7 +102,7 @@ def test_the_ratio_of_bytes_to_tokens_follows_what_engines_report() -> None:
     for updates in range(21):
         estimator.learn(reported(200 * 30 * updates, 30 * 10 * updates, 30 * updates))
         for _ in range(30):
-            serve({"prompt": "abcd" * 100}, estimator)
+            estimate({"prompt": "abcd" * 100}, estimator)
     assert estimate({"prompt": "abcd" * 100}, estimator).prompt_tokens == pytest.approx(200, rel=0.05)
 
 
@@ -181,6 +176,6 @@ def test_expected_output_is_that_of_one_answer_however_many_a_request_has() -> N
     estimator = CostEstimator(Knobs())
     estimator.learn(reported(0, 0, 0))
     for _ in range(50):
-        serve({"prompt": ["hi"] * 20, "max_tokens": 500}, estimator)
+        estimate({"prompt": ["hi"] * 20, "max_tokens": 500}, estimator)
     estimator.learn(reported(100, 50 * 20 * 10, 50))
     assert estimator.mean_output == pytest.approx(10)
