@@ -23,7 +23,7 @@ from balancer.board import Board, Owner, board_path
 from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks import shapes
 from benchmarks.gpu_http import ENGINE
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 from deployments import gpu_setup, launch, middleware, mps, processes
 
 MIB = 1 << 20

@@ -63,6 +63,15 @@ def kill_engine(system: System) -> dict[str, Any]:
     return {"killed": pid}
 
 
+def kill_while_another_starts(system: System) -> dict[str, Any]:
+    """A second engine dies while the first one's successor loads."""
+    first, second, *others = system.engines()
+    os.kill(first, signal.SIGKILL)
+    loading_s = until(lambda: bool(set(system.engines()) - {first, second, *others}), 60, "a successor")
+    os.kill(second, signal.SIGKILL)
+    return {"killed": [first, second], "between_s": loading_s}
+
+
 def planned_stop(system: System) -> dict[str, Any]:
     slot = system.replicas()[0].slot
     notices.ask_restart(system.board, slot)
@@ -128,6 +137,7 @@ PARTS = (
     Part("memory cap violated by one client", capped_client, False, True, 30),
     Part("storm of longest prompts", longest_prompts, False, False, 45),
     Part("engine killed", kill_engine, True, False, 90),
+    Part("one replica fails while another starts", kill_while_another_starts, True, False, 130),
     Part("illegal access in a helper client", illegal_access, True, True, 100),
     Part("MPS daemon killed", kill_daemon, True, True, 85),
     Part("planned stop of one replica", planned_stop, True, False, 60),
@@ -172,7 +182,13 @@ def _healing(system: System, before: set[str], part: Part, heal_s: float) -> dic
         back_s = until(lambda: asyncio.run(system.all_answer()), heal_s, "all back")
     except MissedError as error:
         return {**row, "failure": str(error), "log": system.log.read_text()[-1500:]}
-    return {**row, "back_s": round(lost_s + back_s, 1), "replaced": len(before - system.ids())}
+    replaced = len(before - system.ids())
+    return {**row, "back_s": round(lost_s + back_s, 1), "replaced": replaced, "kv_tokens": kv_tokens(system)}
+
+
+def kv_tokens(system: System) -> list[int]:
+    """The sizes of the replicas' KV caches: one, when all are alike."""
+    return sorted({r.kv_blocks_total * r.kv_block_tokens for r in system.replicas()})
 
 
 def longest_pause_s(met: Sequence[Met], since_s: float) -> float:
@@ -216,7 +232,7 @@ class Stay:
 def start_row(system: System, start_s: float) -> dict[str, Any]:
     """Whether all replicas have the same KV cache, and every engine is an MPS client."""
     replicas, engines = system.replicas(), system.engines()
-    caches = sorted({r.kv_blocks_total * r.kv_block_tokens for r in replicas})
+    caches = kv_tokens(system)
     row: dict[str, Any] = {"ready_s": start_s, "replicas": len(replicas), "kv_tokens": caches, "engines": engines}
     row["engine_ready_s"] = [float(s) for s in re.findall(r"ready in ([\d.]+) s", system.log.read_text())]
     if system.setup.gpu:

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from balancer.knobs import Knobs
 from balancer.ledger import Totals
 from balancer.ledger import read as read_ledger
 from balancer.readings import ReplicaReading, ReplicaState
+from benchmarks.ports import free_port
 from deployments.limits import Limits
 from deployments.passage import Receive, Send
 
@@ -62,7 +62,9 @@ class Plane:
     ) -> None:
         self.folder = folder
         self.board = folder / "board"
-        self.port, self._metrics, self._stats, self._router_port, *self._ports = free_ports(4 + replicas)
+        self.port, self._metrics, self._stats, self._router_port, *self._ports = (
+            free_port() for _ in range(4 + replicas)
+        )
         self._options = json.dumps({
             "board": str(self.board), "knobs": dataclasses.asdict(knobs), "limits": dataclasses.asdict(limits),
             "batch": batch, "step_s": step_s, "socket": str(folder / "ctl"),
@@ -192,17 +194,6 @@ class Plane:
                 return bool(answer.status == 200)
         except OSError:
             return False
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at now."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 # --- the processes ---

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 from deployments import mps
 
 SERVED_NAME = "model"

@@ -27,7 +27,7 @@ from balancer.board import Board, SlotWriter
 from balancer.knobs import Knobs
 from balancer.readings import ReplicaState
 from balancer.route_service import RouteService
-from benchmarks.serving import free_port
+from benchmarks.ports import free_port
 
 REPLICAS = 64
 AT_ONCE = 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import sys
 import time
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from benchmarks.simulation import quantile
 from monitoring.exporter import Exporter
 
 EVERY_S = 0.05
@@ -31,10 +31,10 @@ class Scrapes:
     def figures(self) -> dict[str, Any]:
         """How many readings, their times, and how many series the smallest and the largest had."""
         ordered = sorted(self.seconds)
-        at = [ordered[min(len(ordered) - 1, math.floor(share * len(ordered)))] for share in (0.5, 0.99, 1.0)]
+        at = {"p50": quantile(ordered, 0.5), "p99": quantile(ordered, 0.99), "max": ordered[-1]}
         return {
             "scrapes": len(ordered),
-            **{f"scrape_{name}_ms": round(1e3 * s, 1) for name, s in zip(("p50", "p99", "max"), at, strict=True)},
+            **{f"scrape_{name}_ms": round(1e3 * s, 1) for name, s in at.items()},
             "scrapes_over_100_ms": sum(s > LIMIT_S for s in ordered),
             "scraped_series": [min(self.series), max(self.series)],
         }

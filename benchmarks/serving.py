@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.ports import free_port
 
 START_LIMIT_S = 600
 
@@ -47,12 +48,6 @@ def serving(application: Mapping[str, Any], flags: Sequence[str] = (), limit_s: 
             except subprocess.TimeoutExpired:
                 child.kill()
                 raise
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_ready(child: subprocess.Popen[bytes], log: Path, limit_s: float) -> None:

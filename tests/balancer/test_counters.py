@@ -161,7 +161,7 @@ def test_a_reader_never_takes_a_torn_record_for_a_whole_one(board: Path, router:
     writer = threading.Thread(target=count)
     writer.start()
     try:
-        seen = [reader.read() for _ in range(50)]
+        seen = [reader.read() for _ in range(200)]
     finally:
         stop.set()
         writer.join()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import socket
 import string
 import subprocess
 import threading
@@ -25,6 +24,7 @@ from balancer.key_file import KeySource
 from balancer.policies import Knobs
 from balancer.readings import ReplicaState
 from balancer.route_service import RouteService
+from benchmarks.ports import free_port
 from deployments import ingress, routes
 from deployments.gate import Gate
 from deployments.ingress import Entrance
@@ -55,12 +55,6 @@ frontend http_frontend
 backend app
     server x1 127.0.0.1:{replica}
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def router_script(router_port: int) -> str:

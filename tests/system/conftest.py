@@ -25,7 +25,7 @@ import yaml
 
 from balancer.board import Owner, board_path
 from balancer.ticket import DIRECT, HEADER
-from benchmarks.serving import free_port as free_port  # the tests' own too
+from benchmarks.ports import free_port as free_port  # the tests' own too
 from deployments import processes
 from deployments.processes import runs_folder
 
@@ -36,13 +36,14 @@ STOP_LIMIT_S = 60
 
 @dataclass
 class System:
-    """A running `splitwiser serve`."""
+    """A running `splitwiser serve`. `again`: what broke while it was sent is sent a second time, see `_ask`."""
 
     url: str
     process: subprocess.Popen[bytes]
     log: Path
     session: Owner | None = None
     orphans_before: frozenset[str] = frozenset()
+    again: bool = True
 
     @property
     def run_id(self) -> str:
@@ -60,7 +61,7 @@ class System:
         request.add_header("content-type", "application/json")
         for name, value in (headers or {}).items():
             request.add_header(name, value)
-        return _ask(request)
+        return _ask(request, self.again)
 
     def post_directly(self, replica: str, path: str, body: Any) -> Answer:
         return self.post(path, body, {HEADER: DIRECT.policy}, self.direct_urls()[replica])
@@ -96,8 +97,8 @@ class Answer:
 
 
 def _ask(request: urllib.request.Request, again: bool = True) -> Answer:
-    """The answer; asks a second time when the whole machine stood still between headers and body, so that HAProxy's
-    limit for slow senders had passed before the body could be sent."""
+    """The answer; with `again` asks a second time when the whole machine stood still between headers and body, so that
+    HAProxy's limit for slow senders had passed before the body could be sent."""
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ def grown(after: ledger.Totals, before: ledger.Totals) -> tuple[int, ...]:
 
 
 def begin_and_leave(system: System, count: int) -> None:
-    """So many streams, one after the other, each left at its first token; where the machine pauses just then, one may
-    have come to its end before."""
+    """So many streams, one after the other, each left at its first token: a fast engine ends none before."""
     for _ in range(count):
         (stream,) = streams.start(system.url, **LONG)
         stream.hang_up()
@@ -101,9 +101,7 @@ def test_the_ledger_agrees_with_the_client_on_every_way_out(system: System) -> N
     begin_and_leave(system, 2)
     after = ends(system)
     assert after.open == 0
-    entered, completed, cancelled, rejected, failed = grown(after, before)
-    assert (entered, completed + cancelled, rejected, failed) == (10, 7, 3, 0)
-    assert cancelled >= 1
+    assert grown(after, before) == (10, 5, 2, 3, 0)
 
 
 def test_a_hang_up_frees_the_engine(system: System) -> None:
@@ -115,11 +113,9 @@ def test_a_hang_up_frees_the_engine(system: System) -> None:
         assert stream.ended.wait(120)
         assert stream.done
         assert stream.tokens >= 900 * 0.9
-    entered, completed, cancelled, rejected, failed = grown(ends(system), before)
-    assert (entered, completed + cancelled, rejected, failed) == (8, 8, 0, 0)
-    assert cancelled >= 1
+    assert grown(ends(system), before) == (8, 2, 6, 0, 0)
     until(lambda: all(r.kv_blocks_used == 0 for r in readings(system)), within_s=5.0)
-    assert tokens_made(system) - made_before < (completed + cancelled / 2) * 900
+    assert tokens_made(system) - made_before < (2 + 6 / 2) * 900
 
 
 def test_a_stopped_engine_leaves_the_rotation_and_returns_when_it_runs_again(system: System) -> None:
@@ -216,6 +212,28 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
 
 
 @pytest.mark.long
+def test_a_replica_that_fails_while_another_starts_is_replaced_as_well(tmp_path: Path) -> None:
+    """With none left, requests are told so; then both are back with the KV caches that they had."""
+    with running(tmp_path) as system:
+        before = readings(system)
+        engines = processes_named(system, "EngineCore")
+        engines[0].kill()
+        until(lambda: bool(set(processes_named(system, "EngineCore")) - set(engines)), within_s=120.0)
+        assert system.complete(max_tokens=2).status == 200
+        engines[1].kill()
+        statuses = ask_until(system, lambda: all_new(system, before))
+        assert set(statuses) <= {200, 500, 503}
+        until(lambda: len({system.complete(max_tokens=2).replica for _ in range(6)}) == 2, within_s=60.0)
+        assert {r.kv_blocks_total for r in readings(system)} == {r.kv_blocks_total for r in before}
+
+
+def all_new(system: System, before: list[ReplicaReading]) -> bool:
+    """Whether as many replicas as before are ready, all of them others."""
+    ready = {r.replica_id for r in readings(system) if r.state.name == "READY"}
+    return len(ready) == len(before) and not ready & {r.replica_id for r in before}
+
+
+@pytest.mark.long
 def test_a_planned_restart_under_load_loses_no_request(tmp_path: Path) -> None:
     """`splitwiser restart` of one replica after the other, while streams run and requests come: all are answered."""
     with running(tmp_path) as system:
@@ -246,11 +264,11 @@ def renewed(system: System, old: ReplicaReading) -> bool:
 
 
 def ask_until(system: System, over: Callable[[], bool]) -> list[int]:
-    """The statuses of one request after the other; 0 where the connection broke."""
-    found = []
+    """The statuses of one request after the other, each sent once; 0 where the connection broke."""
+    once, found = replace(system, again=False), []
     while not over():
         try:
-            found.append(system.complete(max_tokens=2).status)
+            found.append(once.complete(max_tokens=2).status)
         except OSError:
             found.append(0)
         time.sleep(0.02)

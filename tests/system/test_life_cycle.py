@@ -48,12 +48,15 @@ def test_a_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_without_haproxy_serves_own_proxy_brings_requests_to_the_engine(tmp_path: Path) -> None:
-    """A real engine; the same way to replicas without one is in test_access.py."""
-    with running(tmp_path, "--plain", change=one_replica) as system:
+def test_without_haproxy_serves_own_proxy_follows_the_same_policies(tmp_path: Path) -> None:
+    def take_turns(document: dict[str, Any]) -> None:
+        document["applications"][0]["args"]["balancer"] = {"policy": "round_robin"}
+
+    with running(tmp_path, "--plain", change=take_turns) as system:
         answers = [system.complete(temperature=0.0) for _ in range(8)]
         assert {a.status for a in answers} == {200}
-        assert {a.policy for a in answers} == {"gpu_aware"}
+        assert {a.policy for a in answers} == {"round_robin"}
+        assert len({a.replica for a in answers}) == 2
         assert len({a.text for a in answers}) == 1
         assert system.post("/v1/completions", {"model": "nobody", "prompt": "x"}).status == 404
 
