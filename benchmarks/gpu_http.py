@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--rounds", type=int, default=2, help="requests of each client of a closed loop")
+    parser.add_argument("--repeats", type=int, default=1, help="how often each system gets all loads")
     parser.add_argument("--weights", choices=("auto", "shared", "private"), default="auto")
     parser.add_argument("--kv-bytes", type=int, help="KV bytes over all replicas, if not the shape's own")
     parser.add_argument("--record", type=Path, help="record the board for 60 s under gpu_aware into this file")
@@ -141,7 +142,8 @@ def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
 
 def _loads(server: Server, row: dict[str, Any], setup: Setup, options: argparse.Namespace) -> None:
     shape = SHAPES[options.shape]
-    for concurrency, stream in [(c, False) for c in shape.concurrency] + [(c, True) for c in shape.streamed]:
+    cells = [(c, False) for c in shape.concurrency] + [(c, True) for c in shape.streamed]
+    for concurrency, stream in cells * options.repeats:
         if time.monotonic() > setup.deadline_s - 25:
             _write(options.out, {**row, "concurrency": concurrency, "stream": stream, "skipped": "no time left"})
             continue

@@ -15,6 +15,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     from ray.serve.config import RequestRouterConfig
     from ray.serve.llm import LLMConfig, build_openai_app  # type: ignore[import-untyped]
 
+    share = 1 / args["replicas"]
     config = LLMConfig(
         model_loading_config={"model_id": args["served_model_name"], "model_source": args["model"]},
         engine_kwargs={**args["engine"], "gpu_memory_utilization": 0.05},
@@ -26,6 +27,8 @@ def build_app(args: dict[str, Any]) -> serve.Application:
                 request_router_class="ray.serve._private.request_router.PowerOfTwoChoicesRequestRouter"
             ),
         },
-        placement_group_config={"bundles": [{"GPU": 1 / args["replicas"]}]},
+        placement_group_config={"bundles": [{"GPU": share}]},
+        # As its guide to fractional GPUs has it; without it the engine asks for a whole GPU and cannot be placed.
+        runtime_env={"env_vars": {"VLLM_RAY_PER_WORKER_GPUS": str(share)}},
     )
     return build_openai_app({"llm_configs": [config]})

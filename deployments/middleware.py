@@ -17,7 +17,7 @@ from balancer.retries import RetryBudget
 from balancer.ticket import DIRECT, HEADER, Ticket
 from deployments import errors
 from deployments.limits import CLIENT_HEADER, Limits, Watch, client_seconds
-from deployments.passage import App, Message, Passage, Receive, Scope, Send, answer, error_body
+from deployments.passage import App, Headers, Message, Passage, Receive, Scope, Send, answer, error_body
 from deployments.routes import PROBE_PATH
 from deployments.slot import Slot
 
@@ -91,8 +91,9 @@ class Door:
             return
         number, refusal = self._slot.received(ticket), self._refusal(ticket)
         app = _speaking(refusal) if refusal else self._probed if ticket.probe else self._handing_on(ticket)
-        signed = self._signed(send, ticket.policy, _header(scope, _EXPLAINED))
-        passage = self._inside[number] = Passage(signed, self._slot, self._watch(scope, ticket), self._clock)
+        signature = self._signature(ticket.policy, _header(scope, _EXPLAINED))
+        passage = Passage(send, self._slot, self._watch(scope, ticket), self._clock, signature)
+        self._inside[number] = passage
         try:
             await passage.run(app, _with_request_id(scope), receive)
         finally:
@@ -152,10 +153,12 @@ class Door:
                 return Ticket.decode(text.decode("latin-1"))
         return None if self._tickets_required else Ticket(self._policy, "proxy")
 
-    def _signed(self, send: Send, policy: str, explained: bytes | None = None) -> Send:
+    def _signature(self, policy: str, explained: bytes | None) -> Headers:
         headers = [(b"x-splitwiser-replica", self._name), (b"x-splitwiser-policy", policy.encode())]
-        if explained is not None:
-            headers.append((b"x-splitwiser-decision", explained))
+        return headers if explained is None else [*headers, (b"x-splitwiser-decision", explained)]
+
+    def _signed(self, send: Send, policy: str, explained: bytes | None = None) -> Send:
+        headers = self._signature(policy, explained)
 
         async def signed(message: Message) -> None:
             if message["type"] == "http.response.start":

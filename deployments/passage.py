@@ -21,6 +21,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
 
 # vLLM reports an error in the middle of a stream as one event, and then ends the stream as if all were well.
 _ERROR_EVENT = b'data: {"error"'
@@ -40,10 +41,16 @@ class Engine(Protocol):
 
 
 class Passage:
-    """`run` it once; then `end` says how it ended, and `engine_failed` whether the engine is to blame."""
+    """`run` it once; then `end` says how it ended, and `engine_failed` whether the engine is to blame.
 
-    def __init__(self, send: Send, engine: Engine, watch: Watch, clock: Callable[[], float]) -> None:
+    `signature`: headers that the answer gets. What is done for each part is little: a stream has ten thousand a second.
+    """
+
+    def __init__(
+        self, send: Send, engine: Engine, watch: Watch, clock: Callable[[], float], signature: Headers | None = None
+    ) -> None:
         self._send = send
+        self._signature = signature or []
         self._engine = engine
         self._watch = watch
         self._clock = clock
@@ -118,7 +125,7 @@ class Passage:
             return
         body = error_body(status, code, message)
         if not started:
-            await answer(self._send, status, body)
+            await answer(self._send, status, body, tuple(self._signature))
         elif self._streams:
             await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
         else:
@@ -152,6 +159,7 @@ class Passage:
             self._set_timer()
 
     def _started(self, message: Message) -> None:
+        message["headers"] = [*message.get("headers", ()), *self._signature]
         self._status = message["status"]
         self.engine_failed = self.engine_failed or self._status >= 500
         kind = next((value for name, value in message.get("headers", ()) if name.lower() == b"content-type"), b"")
