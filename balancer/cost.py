@@ -36,6 +36,8 @@ CAPS_REMEMBERED = 256
 FINISHED_PER_UPDATE = 24
 # How much one update counts against what was known.
 BLEND = 0.3
+# And the mean of a generation: as many answers as were in flight.
+GENERATION_BLEND = 0.5
 
 
 @dataclass(slots=True)
@@ -150,6 +152,8 @@ class CostEstimator:
         self._exact_tokens = 0
         self._estimated = 0
         self._answers = 0
+        self._made = 0.0
+        self._ended = self._generations = 0
         self._readings: dict[int, ReplicaReading] = {}
         self._pending = [0, 0, 0, 0]
 
@@ -195,18 +199,33 @@ class CostEstimator:
                 if min(grown) >= 0:
                     self._pending = [p + more for p, more in zip(self._pending, grown, strict=True)]
         if self._pending[3] >= FINISHED_PER_UPDATE:
-            self._update(*self._pending)
+            self._update(sum([r.in_flight_requests for r in snapshot.replicas]), *self._pending)
             self._pending = [0, 0, 0, 0]
 
-    def _update(self, prompt_tokens: int, received: int, output_tokens: int, finished: int) -> None:
+    def _update(self, in_flight: int, prompt_tokens: int, received: int, output_tokens: int, finished: int) -> None:
         # Engines count requests; one of many prompts, or with `n`, has many answers.
-        mean = output_tokens / finished * (self._estimated / self._answers if self._answers else 1.0)
-        self.mean_output = mean if self.mean_output is None else self.mean_output + BLEND * (mean - self.mean_output)
-        if self._caps:
+        made = output_tokens * (self._estimated / self._answers if self._answers else 1.0)
+        if self._generations < 2:
+            self._blend(made / finished, BLEND)
+        self._made, self._ended = self._made + made, self._ended + finished
+        if self._ended >= in_flight:
+            self._generation(self._made / self._ended)
+        if self._caps and self.mean_output is not None:
             self.cap = tempered_cap(self._caps, self.mean_output)
         if received and self._estimated and self._text_bytes:
             self._correct_ratio(prompt_tokens / received)
         self._text_bytes = self._exact_tokens = self._estimated = self._answers = 0
+
+    def _generation(self, mean: float) -> None:
+        """Of answers that began together the short ones end first: only the mean over as many as were in flight does
+        not swing with that. The first such mean counts the tokens of those that have not ended, and is left out."""
+        self._generations += 1
+        if self._generations >= 2:
+            self._blend(mean, GENERATION_BLEND if self._generations > 2 else 1.0)
+        self._made, self._ended = 0.0, 0
+
+    def _blend(self, mean: float, weight: float) -> None:
+        self.mean_output = mean if self.mean_output is None else self.mean_output + weight * (mean - self.mean_output)
 
     def _correct_ratio(self, mean_prompt_tokens: float) -> None:
         text_tokens = mean_prompt_tokens - self._exact_tokens / self._estimated

@@ -34,6 +34,7 @@ from balancer.on_the_way import LOST_AFTER_S
 from balancer.readings import ReplicaReading, ReplicaState
 from benchmarks.plane import Plane
 from benchmarks.scrapes import scraped
+from benchmarks.simulation import quantile
 from deployments.limits import Limits
 
 # What a client can say of a request. `left` hung up on purpose: the server may have been faster.
@@ -180,7 +181,7 @@ def latencies(seen: list[Seen]) -> Figures:
 
 
 def _percentile(ordered: list[float], share: float) -> float | None:
-    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 4) if ordered else None
+    return round(quantile(ordered, share), 4) if ordered else None
 
 
 # --- scenarios ---

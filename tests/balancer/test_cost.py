@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from typing import Any
 
 import pytest
@@ -19,10 +20,10 @@ def estimate(body: Any, estimator: CostEstimator | None = None) -> RequestCost:
     return (estimator or CostEstimator(Knobs())).estimate(json.dumps(body).encode())
 
 
-def reported(prompt_tokens: int, output_tokens: int, requests: int) -> Snapshot:
+def reported(prompt_tokens: int, output_tokens: int, requests: int, in_flight: int = 0) -> Snapshot:
     """What engines would show after `requests` requests in all."""
     reading = ReplicaReading(
-        0, "a", 0, ReplicaState.READY, 0.0, 0, 0, 0, 0, 0, 0, 0, 100, 16, 8, 0.0,
+        0, "a", 0, ReplicaState.READY, 0.0, in_flight, 0, 0, 0, 0, 0, 0, 100, 16, 8, 0.0,
         prompt_tokens, output_tokens, 0, requests, requests,
     )  # fmt: skip
     return Snapshot(0.0, (reading,))
@@ -84,6 +85,23 @@ def test_caps_nobody_means_are_tempered_by_history() -> None:
     estimator.learn(reported(100 * 50, 100 * 50, 100))
     assert estimate({"prompt": "hi", "max_tokens": 4096}, estimator).output_tokens == pytest.approx(50, abs=2)
     assert estimate({"prompt": "hi", "max_tokens": 10}, estimator).output_tokens == 10
+
+
+def test_short_answers_that_end_first_do_not_stand_for_their_generation() -> None:
+    """A hundred clients that began together get answers of 100 to 200 steps: after two generations the mean stays."""
+    rng, estimator = random.Random(1), CostEstimator(Knobs())
+    estimator.learn(reported(0, 0, 0))
+    left = [rng.randint(100, 200) for _ in range(100)]
+    ended, means = 0, []
+    for step in range(1, 2001):
+        left = [steps - 1 for steps in left]
+        for client in [client for client, steps in enumerate(left) if steps == 0]:
+            estimate({"prompt": "hi", "max_tokens": 1000}, estimator)
+            left[client] = rng.randint(100, 200)
+            ended += 1
+        estimator.learn(reported(ended, 100 * step, ended, in_flight=100))
+        means += [estimator.mean_output] if ended > 250 else []
+    assert means == pytest.approx([150] * len(means), rel=0.08)
 
 
 def test_caps_that_clients_mean_stay_what_they_are() -> None:
