@@ -109,6 +109,9 @@ class FakeSystem:
     def ids(self) -> set[str]:
         return self.names
 
+    def replicas(self) -> list[types.SimpleNamespace]:
+        return [types.SimpleNamespace(kv_blocks_total=100, kv_block_tokens=16) for _ in self.names]
+
     def log_says(self, pattern: str) -> int:
         return 0
 
@@ -148,6 +151,7 @@ def test_a_part_tells_what_clients_met_and_how_long_it_took(
     assert row["during"]["outcomes"][outcome] > 0
     assert row["after"]["outcomes"][Outcome.OK] > 0
     assert (row["contained"], row["replaced"], row["hangs"], row["acted"]) == (False, 1, 0, True)
+    assert row["kv_tokens"] == [1600]
     assert row["back_s"] >= row["lost_s"]
 
 

@@ -297,7 +297,8 @@ def test_a_prefix_that_nearly_all_share_overloads_no_replica() -> None:
     crowd = replace(closed(256, MIXED), shared_prefix_ratio=0.9)
     alike, apart = (run("opt", work, active_set=4) for work in (crowd, closed(256, MIXED)))
     assert 1.0 < alike.load_ratio_max <= 1.5
-    assert alike.completed >= 0.97 * apart.completed
+    # In tokens: whose prompts are alike is drawn as well, so the two crowds have other lengths.
+    assert alike.throughput >= 0.97 * apart.throughput
 
 
 def test_clients_leave_when_their_number_falls() -> None:
