@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from balancer.front_end import FrontEnd
 from balancer.knobs import Knobs
 from balancer.readings import GpuReading, GpuSource, ReplicaReading
 from balancer.step_model import StepModel
@@ -23,6 +24,8 @@ WINDOW_S = 0.25
 SAMPLE_S = 0.01
 # Fewer steps than this in a window say more about prefill than about decode.
 MIN_STEPS = 6.0
+# How fast prompts and requests for each output token follow: a mean of about the last 20 windows.
+RATIO_BLEND = 0.05
 # Beyond these another replica has nothing left to use: at 95 % SM, four OPT-125m engines already did best on an H200,
 # and 85 % of DRAM bandwidth is what a streaming kernel gets.
 SM_FULL = 0.95
@@ -61,13 +64,18 @@ class Meter:
     started_s: float
     output_tokens: int
     prompt_tokens: int
+    requests: int
+    front_end_cpu_s: float
     seen_s: float
     sequence_seconds: float = 0.0
     idle: bool = False
 
 
 def start_meter(reading: ReplicaReading, now_s: float) -> Meter:
-    return Meter(reading.replica_id, now_s, reading.output_tokens_total, reading.prompt_tokens_total, now_s)
+    return Meter(
+        reading.replica_id, now_s, reading.output_tokens_total, reading.prompt_tokens_total, reading.received_total,
+        reading.front_end_cpu_s_total, now_s,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,9 @@ class ActiveSet:
         self.size = 1
         read_s = knobs.weights_read_s
         self.model = StepModel() if read_s is None else StepModel.foreseen(read_s)
+        self.front_end = FrontEnd()
         self.prompt_ratio = 1.0  # prompt tokens for each output token, as measured
+        self.request_ratio = 0.0  # and requests
         self._meters: dict[int, Meter] = {}
         self._busy_seconds = 0.0
         self._busy_before = 0.0
@@ -185,8 +195,12 @@ class ActiveSet:
         prompts = max(0, reading.prompt_tokens_total - meter.prompt_tokens)
         if steps < MIN_STEPS:
             return
-        self.prompt_ratio += 0.05 * (prompts / made - self.prompt_ratio)
+        requests = max(0, reading.received_total - meter.requests)
+        self.prompt_ratio += RATIO_BLEND * (prompts / made - self.prompt_ratio)
+        self.request_ratio += RATIO_BLEND * (requests / made - self.request_ratio)
         self.model.observe(batch, max(1.0, busy), prompts / steps, length_s / steps, sm)
+        cpu_s = reading.front_end_cpu_s_total - meter.front_end_cpu_s
+        self.front_end.observe(batch, requests / steps, cpu_s / steps, length_s / max(1.0, busy))
 
     def resize(self, now_s: float, demand: Demand, ready: int) -> int:
         """The number of replicas that should receive new work, of `ready` ones."""
@@ -310,4 +324,5 @@ class ActiveSet:
         running = min(max(self._demand, 1.0), replicas * room)
         used = min(replicas, running)
         batch = running / used
-        return running / max(1e-9, self.model.step_s(batch, used, batch * self.prompt_ratio))
+        engine_s = self.model.step_s(batch, used, batch * self.prompt_ratio)
+        return running / max(1e-9, engine_s, self.front_end.step_s(batch, batch * self.request_ratio))

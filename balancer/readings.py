@@ -72,6 +72,7 @@ class ReplicaReading:
     `awaiting_requests` have arrived whole and wait for the engine's next word; `engine_steps_total` tells a busy engine
     from a stopped one. `server_errors_in_a_row` counts answers that failed by the engine's fault since the last that
     did not; client errors count for nothing.
+    `front_end_cpu_s_total` is the CPU time of the thread that serves HTTP and streams; 0 where it is not known.
     `received_total` and `finished_total` count what came to be served: neither probes nor what a router turned away.
     `received_by_router[row]` counts the requests that came from the router holding that row of the board.
     """
@@ -107,6 +108,7 @@ class ReplicaReading:
     awaiting_requests: int = 0
     server_errors_total: int = 0
     server_errors_in_a_row: int = 0
+    front_end_cpu_s_total: float = 0.0
 
     @property
     def assigned_requests(self) -> int:

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=1, help="how often each system gets all loads")
     parser.add_argument("--weights", choices=("auto", "shared", "private"), default="auto")
     parser.add_argument("--kv-bytes", type=int, help="KV bytes over all replicas, if not the shape's own")
-    parser.add_argument("--record", type=Path, help="record the board for 60 s under gpu_aware into this file")
+    parser.add_argument("--record", type=Path, help="record the board under gpu_aware into this file")
     options = parser.parse_args(arguments)
     options.logs.mkdir(parents=True, exist_ok=True)
     deadline_s = time.monotonic() + options.seconds
@@ -187,20 +187,19 @@ def _apply(server: Server, balancer: str) -> None:
 
 @contextlib.contextmanager
 def _recording(server: Server, path: Path | None) -> Iterator[None]:
-    """Keeps what stood on the board and what the exporter said, for a minute, beside the load."""
+    """Keeps what stood on the board and what the exporter said while the block ran, of ten minutes at most."""
     if path is None or server.folder is None:
         yield
         return
     board, exporter = board_path(server.folder.name), _exporter_url(server.folder)
-    words = ["--board", str(board), "--seconds", "60", "--hz", "20", "--metrics", exporter, "--out", str(path)]
+    words = ["--board", str(board), "--seconds", "600", "--hz", "20", "--metrics", exporter, "--out", str(path)]
     with path.with_suffix(".log").open("w") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.record", *words], stdout=output, stderr=subprocess.STDOUT
         )
     yield
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(45)
     child.terminate()
+    child.wait()
 
 
 def _exporter_url(folder: Path) -> str:

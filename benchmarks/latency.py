@@ -1,10 +1,9 @@
-"""What the way through HAProxy and the router adds to a request, against the replicas' own ports, alternating."""
+"""What the way through HAProxy and the router adds to a request, against the same replica's own port, alternating."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import random
 import re
 import statistics
 import time
@@ -24,20 +23,21 @@ def direct_urls(folder: Path) -> list[str]:
     return sorted(set(re.findall(r"server SERVE_REPLICA_\S*Replica\S* (127\.0\.0\.1:\d+) check", text)))
 
 
-def added(
-    url: str, direct: list[str], model: str, going_on: Callable[[], bool], most: int = 1000, seed: int = 1
-) -> dict[str, Any]:
-    """Seconds of one-token requests through the public address and straight to a replica at random, one at a time.
+def added(url: str, direct: list[str], model: str, going_on: Callable[[], bool], most: int = 1000) -> dict[str, Any]:
+    """Seconds of one-token requests through the public address, each followed by one straight to the replica that
+    answered it: others may be idle, and answer sooner.
 
     Single differences hold an engine's step each, several milliseconds under load; so the two distributions are
     compared, by quantile.
     """
-    rng, body = random.Random(seed), json.dumps({"model": model, **WISH}).encode()
+    body = json.dumps({"model": model, **WISH}).encode()
+    addresses = {_ask(address, body, {HEADER: DIRECT.policy})[1]: address for address in direct}
     through: list[float] = []
     straight: list[float] = []
     while going_on() and len(through) < most:
-        through.append(_ask(urlsplit(url).netloc, body, {}))
-        straight.append(_ask(rng.choice(direct), body, {HEADER: DIRECT.policy}))
+        seconds, replica = _ask(urlsplit(url).netloc, body, {})
+        through.append(seconds)
+        straight.append(_ask(addresses[replica], body, {HEADER: DIRECT.policy})[0])
     row: dict[str, Any] = {"requests_each": len(through)}
     for name, values in (("through_s", through), ("straight_s", straight)):
         cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -47,8 +47,11 @@ def added(
     return row
 
 
-def _ask(address: str, body: bytes, headers: dict[str, str]) -> float:
-    """One request; its connection is opened before the clock starts. Raises RuntimeError unless the answer is 200."""
+def _ask(address: str, body: bytes, headers: dict[str, str]) -> tuple[float, str]:
+    """Seconds of one request, and who answered. Its connection is opened before the clock starts.
+
+    Raises RuntimeError unless the answer is 200.
+    """
     host, port = address.split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     connection.connect()
@@ -59,6 +62,6 @@ def _ask(address: str, body: bytes, headers: dict[str, str]) -> float:
         answer.read()
         if answer.status != 200:
             raise RuntimeError(f"{address} answered {answer.status}")
-        return time.perf_counter() - began_s
+        return time.perf_counter() - began_s, answer.headers.get("x-splitwiser-replica", "")
     finally:
         connection.close()

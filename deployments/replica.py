@@ -71,6 +71,7 @@ class Replica:
             await self._start_engine(namespace, settings)
         self._tasks.append(asyncio.create_task(weigh(self._slot, engine.process_ids(self._engine))))
         app = await engine.build_openai_app(self._engine, namespace)
+        engine.cache_environment()
         self._batches = Batches(app, self._args, self._slot)
         policy, tag = self._args.balancer.policy, self._context.replica_tag
         self._door = Door(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,19 @@ _STEP_SMOOTHING = 0.125
 
 
 class Slot:
-    """Everything the balancer knows of this replica passes through here; used from one event loop only."""
+    """Everything the balancer knows of this replica passes through here; used from one event loop only.
 
-    def __init__(self, path: Path, replica_id: str, gpu: int, clock: Callable[[], float]) -> None:
+    `cpu_clock` tells the CPU seconds of the thread that calls it.
+    """
+
+    def __init__(
+        self, path: Path, replica_id: str, gpu: int, clock: Callable[[], float],
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:  # fmt: skip
         self._path = path
         self._replica_id = replica_id
         self._clock = clock
+        self._cpu_clock = cpu_clock
         self._board = Board.open(path)
         self._writer: SlotWriter = self._board.claim_slot(replica_id)
         self._page = Page.of_replica(path)
@@ -53,6 +61,7 @@ class Slot:
         return self._board.snapshot(self._clock())
 
     def publish(self) -> None:
+        self.fields.front_end_cpu_s_total = self._cpu_clock()
         self._writer.publish(self._clock())
 
     def set_state(self, state: ReplicaState) -> None:

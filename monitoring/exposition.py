@@ -156,6 +156,7 @@ _REPLICA_VALUES: tuple[tuple[m.Metric, Callable[[ReplicaReading], float]], ...] 
     (m.REPLICA_KV_SIZE, attrgetter("kv_tokens_total")),
     (m.REPLICA_MEMORY, attrgetter("gpu_memory_bytes")),
     (m.REPLICA_STEP, attrgetter("step_time_s")),
+    (m.REPLICA_FRONT_END, attrgetter("front_end_cpu_s_total")),
     (m.REPLICA_PROMPT_TOKENS, attrgetter("prompt_tokens_total")),
     (m.REPLICA_OUTPUT_TOKENS, attrgetter("output_tokens_total")),
     (m.REPLICA_PREEMPTIONS, attrgetter("preemptions_total")),

@@ -97,6 +97,10 @@ REPLICA_BATCH = _gauge("replica_batch_limit_requests", "The most requests that t
 REPLICA_KV_USED = _gauge("replica_kv_used_tokens", "KV cache in use, in tokens", "slot")
 REPLICA_KV_SIZE = _gauge("replica_kv_size_tokens", "KV cache in all, in tokens", "slot")
 REPLICA_STEP = _gauge("replica_step_seconds", "Engine step time, smoothed over 8 steps; the last while idle", "slot")
+REPLICA_FRONT_END = _counter(
+    "replica_front_end_cpu_seconds_total", "CPU time of the thread that serves HTTP and streams; one core is its limit",
+    "slot",
+)  # fmt: skip
 REPLICA_MEMORY = _gauge("replica_gpu_memory_bytes", "Device memory of its own (or the host's); 0: unknown", "slot")
 REPLICA_WEIGHTS = _gauge("replica_shared_weights_bytes", "Weights mapped, beside memory of its own", "slot")
 REPLICA_AGE = _gauge("replica_reading_age_seconds", "Since the slot was written last; NaN when empty", "slot")

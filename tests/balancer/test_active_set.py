@@ -48,6 +48,8 @@ class Plant:
         self.now_s = 1000.0
         self.made = [0.0] * ready
         self.holds = 256.0
+        self.token_cpu_s = 0.0
+        self.cpu_s = [0.0] * ready
         self.sizes: list[int] = []
 
     def run(self, seconds: float, demand: float) -> list[int]:
@@ -67,11 +69,13 @@ class Plant:
     def _advance(self, demand: float) -> None:
         size = self.set.size
         batch = min(demand, size * self.holds) / size
-        step_s = self.truth(batch, size)
+        step_s = self.step_s(batch, size)
         pace = batch / step_s * (1.0 + self.rng.uniform(-self.noise, self.noise))
         for slot in range(size):
-            self.made[slot] += TICK_S * pace * self._share(slot, size, batch) / batch
-        busy = 1.0 - self.truth(batch, 0) / step_s
+            made = TICK_S * pace * self._share(slot, size, batch) / batch
+            self.made[slot] += made
+            self.cpu_s[slot] += made * self.token_cpu_s
+        busy = (self.truth(batch, size) - self.truth(batch, 0)) / step_s
         reading = gpu(busy, self.now_s) if self.sm else None
         self.set.sample(self.now_s, [self._reading(slot, size, batch, step_s) for slot in range(self.ready)], reading)
 
@@ -79,8 +83,12 @@ class Plant:
         running = self._share(slot, size, batch) if slot < size else 0
         return replace(
             IDLE, slot=slot, replica_id=f"r{slot}", written_at_s=self.now_s, running_requests=running,
-            output_tokens_total=int(self.made[slot]), step_time_s=step_s,
+            output_tokens_total=int(self.made[slot]), step_time_s=step_s, front_end_cpu_s_total=self.cpu_s[slot],
         )  # fmt: skip
+
+    def step_s(self, batch: float, size: int) -> float:
+        """The engine's step, or the front end's where that is longer."""
+        return max(self.truth(batch, size), batch * self.token_cpu_s)
 
     def _share(self, slot: int, size: int, batch: float) -> int:
         """Whole requests of one replica: the first take what is left over."""
@@ -88,7 +96,7 @@ class Plant:
 
     def rate(self, size: int, demand: float) -> float:
         running = min(demand, size * self.holds)
-        return running / self.truth(running / size, size)
+        return running / self.step_s(running / size, size)
 
 
 def turns(sizes: list[int]) -> int:
@@ -181,6 +189,18 @@ def test_a_pinned_set_stays_pinned() -> None:
     plant = Plant(large_model, 4, active_set=3)
     assert set(plant.run(3.0, 100)) == {3}
     assert plant.set.resize(plant.now_s + 1.0, Demand(100, 0, 50, 256.0), 2) == 2
+
+
+def test_a_front_end_that_is_busy_already_is_not_expected_to_do_four_times_as_much() -> None:
+    """One engine alone could make most of what four make; its front end could not stream it."""
+    rates = []
+    for token_cpu_s in (0.0, 70e-6):
+        plant = Plant(small_model, 4, noise=0.02, weights_read_s=5e-5)
+        plant.token_cpu_s = token_cpu_s
+        assert plant.run(5.0, 160)[-1] == 4
+        rates.append(plant.set.predict(1))
+    assert rates[0] > 1.25 / 70e-6
+    assert rates[1] <= 1.0 / 70e-6
 
 
 def test_a_set_never_exceeds_what_is_ready() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.cores import pin, shares, words
+from deployments.cores import pin, shares, siblings, words
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,36 @@ from deployments.cores import pin, shares, words
 )
 def test_shares_are_equal_or_there_are_none(cores: int, replicas: int, expected: list[tuple[int, ...]]) -> None:
     """Two cores stay for the rest of the system, and a replica with fewer than three would be slower, not faster."""
-    assert shares(range(cores), replicas) == expected
+    assert shares(range(cores), replicas, str) == expected
 
 
 def test_only_cores_that_may_be_used_are_shared() -> None:
     """In a container the numbers have gaps."""
-    assert shares([9, 1, 4, 6, 30], 1) == [(6, 9, 30)]
+    assert shares([9, 1, 4, 6, 30], 1, str) == [(6, 9, 30)]
+
+
+@pytest.mark.parametrize(
+    ("threads", "apart", "replicas", "expected"),
+    [
+        (16, 1, 3, [(2, 3, 4, 5), (6, 7, 8, 9), (10, 11, 12, 13)]),
+        (16, 8, 3, [(1, 2, 9, 10), (3, 4, 11, 12), (5, 6, 13, 14)]),
+        (16, 1, 4, []),
+    ],
+)
+def test_a_physical_core_belongs_to_one_replica(
+    threads: int, apart: int, replicas: int, expected: list[tuple[int, ...]]
+) -> None:
+    """Whether its two threads are numbered side by side or far apart; seven are too few for four replicas."""
+    physical = (lambda core: str(core // 2)) if apart == 1 else (lambda core: str(core % apart))
+    assert shares(range(threads), replicas, physical) == expected
+
+
+def test_threads_of_one_physical_core_are_told_by_the_kernel(tmp_path: Path) -> None:
+    """Where it says nothing, as in some containers, each is taken for a core of its own."""
+    topology = tmp_path / "cpu3" / "topology"
+    topology.mkdir(parents=True)
+    (topology / "thread_siblings_list").write_text("3,11\n")
+    assert [siblings(core, tmp_path) for core in (3, 4)] == ["3,11", "4"]
 
 
 def test_every_thread_of_a_process_is_pinned() -> None:

@@ -86,6 +86,7 @@ class Home:
         monkeypatch.setattr(replica.engine, "warm_up", self.nothing)
         monkeypatch.setattr(replica.engine, "process_ids", lambda engine: [engine.process.pid])
         monkeypatch.setattr(replica.engine, "build_openai_app", self.app)
+        monkeypatch.setattr(replica.engine, "cache_environment", lambda: None)
         monkeypatch.setattr(replica, "model_path", lambda args: "model")
         monkeypatch.setattr(replica, "stat_logger", lambda slot: None)
         monkeypatch.setattr(replica, "_LOOK_EVERY_S", 0.005)

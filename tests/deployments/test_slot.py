@@ -106,6 +106,18 @@ def test_engine_steps_are_published(slot: Slot, path: Path) -> None:
     assert (r.prompt_tokens_total, r.output_tokens_total, r.preemptions_total) == (100, 5, 1)
 
 
+def test_every_publication_tells_what_the_thread_has_used_of_the_cpu(path: Path, clock: Clock) -> None:
+    """Whoever compares two readings has the cost of what lies between them, with no start-up in it."""
+    used = iter([7.0, 7.5, 7.75])
+    slot = Slot(path, "app#Replica#x1", 3, clock, lambda: next(used))
+    assert reading(path).front_end_cpu_s_total == 7.0
+    slot.step(running=1, waiting=0, kv_ratio=0.1, prompt=4, output=1, preempted=0)
+    assert reading(path).front_end_cpu_s_total == 7.5
+    slot.publish()
+    assert reading(path).front_end_cpu_s_total == 7.75
+    slot.close()
+
+
 def test_step_time_is_smoothed_over_busy_steps(slot: Slot, clock: Clock) -> None:
     """The published step time follows steps slowly, and leaves out the time in which the engine was idle."""
 
