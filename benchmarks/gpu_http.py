@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="requests of each client of a closed loop")
     parser.add_argument("--repeats", type=int, default=1, help="how often each system gets all loads")
     parser.add_argument("--weights", choices=("auto", "shared", "private"), default="auto")
+    parser.add_argument("--pinning", choices=("auto", "off"), default="auto", help="splitwiser-serve's cpu_pinning")
     parser.add_argument("--kv-bytes", type=int, help="KV bytes over all replicas, if not the shape's own")
     parser.add_argument("--record", type=Path, help="record the board under gpu_aware into this file")
     options = parser.parse_args(arguments)
@@ -114,11 +115,12 @@ def measure(name: str, setup: Setup, options: argparse.Namespace) -> None:
     began_s = time.monotonic()
     start_system = STARTS[name]
     if name == "splitwiser":
-        start_system = functools.partial(start_system, weights=options.weights)
+        start_system = functools.partial(start_system, weights=options.weights, pinning=options.pinning)
     with start_system(setup) as server:
         start = {
             "system": name,
             "weights": options.weights,
+            "pinning": options.pinning,
             "kv_bytes": setup.kv_bytes,
             "shape": options.shape,
             "start_s": round(time.monotonic() - began_s, 1),

@@ -124,13 +124,14 @@ def ray_llm(setup: Setup, replicas: int) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def splitwiser(
-    setup: Setup, replicas: int, uses_mps: str, balancer: dict[str, Any], weights: str = "auto"
+    setup: Setup, replicas: int, uses_mps: str, balancer: dict[str, Any], weights: str = "auto", pinning: str = "auto"
 ) -> Iterator[Server]:
     """`splitwiser serve`, as a user starts it."""
     port = free_port()
     args = {
         "model": setup.model, "served_model_name": SERVED_NAME, "replicas": replicas, "device": "auto", "mps": uses_mps,
         "engine": setup.engine_of(replicas), "balancer": balancer, "weights": weights,
+        "cpu_pinning": pinning,
         "monitoring": {"sample_hz": 25, "memory_reserve_gib": 4, "exporter_port": free_port()},
     }  # fmt: skip
     config = setup.folder / f"splitwiser-{replicas}-{uses_mps}.yaml"

@@ -148,6 +148,7 @@ def test_only_its_owner_may_read_the_file(board: Path, router: RouterCounters) -
     assert counters_path(board).stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.usefixtures("threads_take_quick_turns")
 def test_a_reader_never_takes_a_torn_record_for_a_whole_one(board: Path, router: RouterCounters) -> None:
     """Decisions and their histogram are written together, so at every moment they agree."""
     reader = CountersReader(board)
@@ -161,7 +162,7 @@ def test_a_reader_never_takes_a_torn_record_for_a_whole_one(board: Path, router:
     writer = threading.Thread(target=count)
     writer.start()
     try:
-        seen = [reader.read() for _ in range(200)]
+        seen = [reader.read() for _ in range(500)]
     finally:
         stop.set()
         writer.join()

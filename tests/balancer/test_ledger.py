@@ -162,6 +162,7 @@ def test_at_every_moment_the_sums_agree(tmp_path_factory: pytest.TempPathFactory
     folder.rmdir()
 
 
+@pytest.mark.usefixtures("threads_take_quick_turns")
 def test_a_reader_beside_a_busy_writer_sees_nothing_negative(board: Path) -> None:
     """Ends are read before entries, so that a request is never ended before it entered."""
     page, stop = Page.of_replica(board), threading.Event()
