@@ -1,6 +1,6 @@
 """What a replica's front end allows: one thread takes requests in, detokenizes and sends, while the engine steps.
 
-The two work side by side, so the slower one sets the pace. A streamed token costs the front end about twice what a
+The two work side by side, so the slower one sets the pace. A streamed token costs the front end about five times what a
 whole answer's does, and one replica alone may then make half of what its engine could. How much CPU time the thread
 used is on the board; by the utilization law, so much for each step is the shortest that a step can be.
 """
