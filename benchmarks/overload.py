@@ -5,7 +5,7 @@ long streamed answers. Each policy is started in turn with the same seed. A row 
 (answered, turned away with 429 or 503 and whether with Retry-After, lost), how often the engines preempted (from the
 board), and how many answers were without a token for more than a second: in all, and while others of the same replica
 had theirs (without these, an engine was stopped as a whole, or the machine was). Where it may, the client runs at a
-real-time priority (`client_first`): beside busy engines the kernel kept it, and its answers, waiting for up to 16 s.
+real-time priority (`client_first`): beside busy engines the kernel kept it, and its answers, waiting for seconds.
 """
 
 from __future__ import annotations
@@ -101,8 +101,10 @@ def _first_of_all() -> Iterator[bool]:
     except PermissionError:
         yield False
         return
-    yield True
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    try:
+        yield True
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def gaps(answered: Sequence[Outcome]) -> dict[str, Any]:

@@ -113,8 +113,8 @@ async def warm_up(engine: Any) -> None:
 
 
 def cache_environment() -> None:
-    """Have vLLM read its environment once: its front end looks up a variable for every token, an eighth of what it does
-    for one of a whole answer. The engine's own process does this by itself. Nothing may be set afterwards."""
+    """Have vLLM read its environment once: its front end looks a variable up for every token. The engine's own process
+    does this by itself. Nothing may be set afterwards."""
     from vllm.envs import enable_envs_cache
 
     enable_envs_cache()

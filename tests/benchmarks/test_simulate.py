@@ -295,9 +295,10 @@ def test_a_storm_of_long_outputs_preempts_less_than_round_robin() -> None:
 def test_a_prefix_that_nearly_all_share_overloads_no_replica() -> None:
     """Nine prompts of ten begin alike: none of four replicas holds more than 1.5 times the mean at any sample."""
     crowd = replace(closed(256, MIXED), shared_prefix_ratio=0.9)
-    alike, apart = (run("opt", work, active_set=4) for work in (crowd, closed(256, MIXED)))
+    # Whose prompts are alike is drawn as well, so the two crowds have other lengths: in 10 s these differ by 5 %.
+    alike, apart = (run("opt", work, 20.0, active_set=4) for work in (crowd, closed(256, MIXED)))
     assert 1.0 < alike.load_ratio_max <= 1.5
-    # In tokens: whose prompts are alike is drawn as well, so the two crowds have other lengths.
+    assert alike.completed >= 0.97 * apart.completed
     assert alike.throughput >= 0.97 * apart.throughput
 
 

@@ -33,7 +33,7 @@ def test_the_names_cost_no_import_of_vllm() -> None:
 
 
 def test_vllms_environment_is_read_once() -> None:
-    """A front end that looks a variable up for each token has an eighth less to do; what is set later is not seen."""
+    """A front end need not look a variable up for each token; what is set later is not seen."""
     script = """if True:
         import os
         from deployments import engine
