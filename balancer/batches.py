@@ -120,7 +120,7 @@ def headroom(snapshot: Snapshot, stale_after_s: float, kv_reserve_ratio: float) 
 
 
 def _places(replica: ReplicaReading) -> int:
-    return (replica.max_running_requests or 1 << 30) - replica.assigned_requests
+    return (replica.max_running_requests or 1 << 30) - replica.engine_requests
 
 
 @dataclass(frozen=True, slots=True)

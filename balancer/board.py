@@ -37,7 +37,7 @@ _RECORD = struct.Struct("@QIIQd")  # sequence, CRC of the payload, owner's PID, 
 _SEQUENCE = struct.Struct("@Q")
 _AFTER_SEQUENCE = struct.Struct("@IIQd")
 _GPU = struct.Struct("@ii9d")
-_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}Q8Qd")
+_SLOT = struct.Struct(f"@96siiQQQQQQQQdQQQQQQ{ROUTER_ROWS}Q8QdQ")
 # Numbers between a slot's tokens in flight and what it received by router row.
 _BEFORE_ROWS = 13
 _ROW = struct.Struct("@" + "IQ" * REPLICA_SLOTS)
@@ -49,7 +49,7 @@ Seen = tuple[int, tuple[int, int]]
 _UNREAD: Seen = (-1, (0, 0))
 
 _MAGIC = b"SPLTWSR1"
-_LAYOUT_VERSION = 5
+_LAYOUT_VERSION = 6
 _HEADER_BYTES = 4096
 _GPU_STRIDE = 256
 _SLOT_STRIDE = 512
@@ -336,6 +336,7 @@ class SlotFields:
     server_errors_total: int = 0
     server_errors_in_a_row: int = 0
     front_end_cpu_s_total: float = 0.0
+    ending_requests: int = 0
 
 
 class SlotWriter:
@@ -358,7 +359,7 @@ class SlotWriter:
                 f.finished_total, f.gpu_memory_bytes, *self.received_by_router, f.kv_tokens_peak,
                 f.predicted_tokens_total, f.answered_tokens_total, f.estimate_error_tokens_total,
                 f.engine_steps_total, f.awaiting_requests, f.server_errors_total, f.server_errors_in_a_row,
-                f.front_end_cpu_s_total,
+                f.front_end_cpu_s_total, f.ending_requests,
             ),
             now_s,
         )  # fmt: skip

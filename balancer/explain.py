@@ -52,7 +52,7 @@ def _replica(reading: ReplicaReading, now_s: float) -> dict[str, Any]:
     return {
         "slot": reading.slot,
         "state": reading.state.name.lower(),
-        "requests": reading.assigned_requests,
+        "requests": reading.engine_requests,
         "tokens": reading.assigned_tokens,
         "kv_ratio": round(reading.kv_ratio, 4),
         "age_s": round(now_s - reading.written_at_s, 4),

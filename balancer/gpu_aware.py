@@ -107,7 +107,7 @@ class View:
         total, block = reading.kv_tokens_total, reading.kv_block_tokens
         scatter = rounding_scatter_tokens(total, block, self.group.mean_tokens)
         self.max_tokens = int(total * self.kv_ratio - scatter) or 1 << 60
-        requests = reading.in_flight_requests + reading.on_the_way_requests
+        requests = reading.engine_requests
         self.group.requests += requests - self.requests
         self.requests = requests
         self.tokens = kv_tokens_committed(reading)

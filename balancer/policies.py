@@ -43,7 +43,7 @@ class LeastQueue:
         self._rng = rng
 
     def choose(self, cost: RequestCost, replicas: Sequence[ReplicaReading], snapshot: Snapshot) -> Decision:
-        return assign(least(replicas, lambda r: r.assigned_requests, self._rng).slot, "least_queue")
+        return assign(least(replicas, lambda r: r.engine_requests, self._rng).slot, "least_queue")
 
 
 class PowerOfTwo:
@@ -56,7 +56,7 @@ class PowerOfTwo:
 
     def choose(self, cost: RequestCost, replicas: Sequence[ReplicaReading], snapshot: Snapshot) -> Decision:
         pair = self._rng.sample(replicas, min(2, len(replicas)))
-        return assign(least(pair, lambda r: r.assigned_requests, self._rng).slot, "of_two")
+        return assign(least(pair, lambda r: r.engine_requests, self._rng).slot, "of_two")
 
 
 POLICIES: dict[str, Callable[[Knobs, random.Random], Policy]] = {

@@ -73,6 +73,8 @@ class ReplicaReading:
     from a stopped one. `server_errors_in_a_row` counts answers that failed by the engine's fault since the last that
     did not; client errors count for nothing.
     `front_end_cpu_s_total` is the CPU time of the thread that serves HTTP and streams; 0 where it is not known.
+    `ending_requests`, of those in flight, are over for the engine: only their answers are still on the way out. They
+    come in bursts, and clients are back with new requests before the last of the burst was answered.
     `received_total` and `finished_total` count what came to be served: neither probes nor what a router turned away.
     `received_by_router[row]` counts the requests that came from the router holding that row of the board.
     """
@@ -109,11 +111,17 @@ class ReplicaReading:
     server_errors_total: int = 0
     server_errors_in_a_row: int = 0
     front_end_cpu_s_total: float = 0.0
+    ending_requests: int = 0
 
     @property
     def assigned_requests(self) -> int:
         """Requests this replica is answering or is about to receive."""
         return self.in_flight_requests + self.on_the_way_requests
+
+    @property
+    def engine_requests(self) -> int:
+        """Those of them that its engine has, or will have, to work on."""
+        return self.assigned_requests - self.ending_requests
 
     @property
     def assigned_tokens(self) -> int:

@@ -168,8 +168,15 @@ def started(setup: Setup, folder: Path, limit_s: float) -> Iterator[System]:
             {"name": "default", "route_prefix": "/", "import_path": "deployments.app:build", "args": setup.args}
         ],
     }
-    config, log = folder / f"serve-{stamp}.yaml", folder / f"serve-{stamp}.log"
+    config = folder / f"serve-{stamp}.yaml"
     config.write_text(yaml.safe_dump(document))
+    with serving(config, setup, config.with_suffix(".log"), port, limit_s) as system:
+        yield system
+
+
+@contextmanager
+def serving(config: Path, setup: Setup, log: Path, port: int, limit_s: float) -> Iterator[System]:
+    """`splitwiser serve config`, whose arguments are in `setup` and whose port is `port`; stopped in order."""
     command = [sys.executable, "-m", "deployments.cli", "serve", str(config)]
     with log.open("w") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)

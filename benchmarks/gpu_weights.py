@@ -49,6 +49,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from benchmarks.shapes import OPT_125M
 from benchmarks.workers import Engine, EngineError, answers_on_stdout
 from deployments import mps, weights
 from deployments.demo_model import DemoSpec, ensure_demo_model
@@ -93,7 +94,6 @@ TINY = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 2048,
 }  # fmt: skip
-OPT_125M = DemoSpec(hidden_size=768, layers=12, heads=12, ffn_size=3072, padded_vocab_size=50272)
 GPU_SHAPES = {
     "opt": Shape("opt-125m", 8, 0.46, 2 << 30, 48, 128, 256, opt=OPT_125M),
     "llama": Shape("llama-8b", 4, 0.54, 2 << 30, 16, 128, 128, llama=LLAMA),

@@ -12,6 +12,10 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from deployments.demo_model import DemoSpec
+
+# A checkpoint of this shape with random weights, where one is needed as a file.
+OPT_125M = DemoSpec(hidden_size=768, layers=12, heads=12, ffn_size=3072, padded_vocab_size=50272)
 PLAN = Path(__file__).with_name("gpu_engines_plan.json")
 
 

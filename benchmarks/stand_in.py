@@ -68,7 +68,7 @@ class StandIn:
         for tokens in self._running:
             tokens.put_nowait(None)
         kv_ratio = len(self._running) / (1 << 16)
-        self._slot.step(len(self._running), len(self._waiting), kv_ratio, 0, len(self._running), 0)
+        self._slot.step(len(self._running), len(self._waiting), kv_ratio, 0, len(self._running), 0, 0)
 
     async def _generate(self, tokens: int) -> AsyncIterator[int]:
         """Token numbers as the engine makes them; leaving it early aborts the request."""

@@ -97,6 +97,10 @@ class Slot:
         ticket, _ = self._requests.pop(number)
         fields = self.fields
         fields.finished_total += ticket.served
+        if end is End.COMPLETED:
+            fields.ending_requests = max(0, fields.ending_requests - ticket.sequences)
+        # Until the next heartbeat knows better, its part of the peak is a mean one.
+        fields.kv_tokens_peak -= fields.kv_tokens_peak * ticket.sequences // max(1, fields.in_flight_requests)
         fields.in_flight_requests -= ticket.sequences
         fields.in_flight_tokens -= ticket.tokens
         if engine_failed:
@@ -151,8 +155,10 @@ class Slot:
         fields.step_time_s, self._step_began_s = 0.0, None
         fields.prompt_tokens_total = fields.output_tokens_total = fields.preemptions_total = 0
 
-    def step(self, running: int, waiting: int, kv_ratio: float, prompt: int, output: int, preempted: int) -> None:
-        """One engine step, as vLLM's statistics tell it."""
+    def step(
+        self, running: int, waiting: int, kv_ratio: float, prompt: int, output: int, preempted: int, ended: int
+    ) -> None:
+        """One engine step, as vLLM's statistics tell it; `ended` sequences came to their end in it."""
         fields = self.fields
         fields.running_requests = running
         fields.waiting_requests = waiting
@@ -160,6 +166,9 @@ class Slot:
         fields.prompt_tokens_total += prompt
         fields.output_tokens_total += output
         fields.preemptions_total += preempted
+        # No more than the engine does not have: some were given up by their clients, and some have yet to reach it.
+        gone = fields.in_flight_requests - running - waiting
+        fields.ending_requests = max(0, min(fields.ending_requests + ended, gone))
         self._measure_step(busy=running > 0)
         fields.engine_steps_total += 1
         self.publish()
@@ -184,7 +193,7 @@ class Slot:
     def _engine_is_empty(self) -> None:
         """An engine whose last request was aborted makes no further step that would tell."""
         fields = self.fields
-        fields.running_requests = fields.waiting_requests = fields.kv_blocks_used = 0
+        fields.running_requests = fields.waiting_requests = fields.kv_blocks_used = fields.ending_requests = 0
 
     def _growth(self, request: tuple[Ticket, int]) -> list[tuple[int, int]]:
         """Tokens that each sequence of a request will still make, and holds now: it makes one at each engine step since
@@ -241,6 +250,7 @@ def stat_logger(slot: Slot) -> Any:
                 prompt=done.num_prompt_tokens if done else 0,
                 output=done.num_generation_tokens if done else 0,
                 preempted=done.num_preempted_reqs if done else 0,
+                ended=len(done.finished_requests) if done else 0,
             )
 
         def log_engine_initialized(self) -> None:

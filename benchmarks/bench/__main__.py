@@ -26,12 +26,12 @@ from benchmarks.bench.report import write_report
 from benchmarks.bench.run import Bench, Setting
 from benchmarks.device_readings import Watch
 from benchmarks.replay import ReplayError, Shape
+from benchmarks.shapes import OPT_125M
 from benchmarks.workloads import Arrival
-from deployments.demo_model import DEMO, DemoSpec, ensure_demo_model
+from deployments.demo_model import DEMO, ensure_demo_model
 
 # OPT-125m's shape, for machines that have no checkpoint: random weights cost what trained ones do.
 _MADE = {True: "the demo model, random weights", False: "OPT-125m's shape, random weights"}
-OPT_125M = DemoSpec(hidden_size=768, layers=12, heads=12, ffn_size=3072, padded_vocab_size=50272)
 GPU_SECONDS, CPU_SECONDS = 560.0, 540.0
 
 

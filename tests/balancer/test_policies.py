@@ -61,6 +61,19 @@ def test_least_queue_counts_what_is_on_its_way() -> None:
     assert decide(make_policy(Knobs(policy="least_queue")), Knobs(), COST, shot).slot == 1
 
 
+def test_answers_on_their_way_out_are_no_load() -> None:
+    """A replica whose engine has finished a burst gets the clients' next requests, though it has yet to answer some."""
+    shot = snapshot(replica(0, 10, 4000, ending_requests=8), replica(1, 5, 2000))
+    assert decide(make_policy(Knobs(policy="least_queue")), Knobs(), COST, shot).slot == 0
+    assert placed(aware(active_set=2), COST, shot) == 0
+
+
+def test_answers_on_their_way_out_take_no_room() -> None:
+    """What the engine has finished holds neither a place in its batch nor KV cache."""
+    assert placed(aware(active_set=1), COST, snapshot(replica(0, 64, 15_900, ending_requests=8))) == 0
+    assert placed(aware(active_set=1), COST, snapshot(replica(0, 64, 15_900))) is None
+
+
 def test_power_of_two_never_takes_the_busiest_of_three() -> None:
     """Of two drawn replicas the less loaded wins, so the busiest of three never does."""
     policy, shot = (

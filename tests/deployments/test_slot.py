@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from balancer.board import Board
+from balancer.ledger import End
 from balancer.readings import ReplicaReading, ReplicaState
 from balancer.ticket import Ticket
 from deployments import slot as slot_module
@@ -98,8 +99,8 @@ def test_predictions_are_compared_with_what_came_of_them(slot: Slot, path: Path)
 def test_engine_steps_are_published(slot: Slot, path: Path) -> None:
     """A step's queue and KV use are shown as they are, its tokens and preemptions added up."""
     slot.engine_ready(blocks=200, block_tokens=16, max_running_requests=64)
-    slot.step(running=3, waiting=1, kv_ratio=0.255, prompt=100, output=3, preempted=1)
-    slot.step(running=2, waiting=0, kv_ratio=0.5, prompt=0, output=2, preempted=0)
+    slot.step(running=3, waiting=1, kv_ratio=0.255, prompt=100, output=3, preempted=1, ended=0)
+    slot.step(running=2, waiting=0, kv_ratio=0.5, prompt=0, output=2, preempted=0, ended=0)
     r = reading(path)
     assert (r.kv_blocks_total, r.kv_block_tokens, r.max_running_requests) == (200, 16, 64)
     assert (r.running_requests, r.waiting_requests, r.kv_blocks_used, r.kv_ratio) == (2, 0, 100, 0.5)
@@ -111,7 +112,7 @@ def test_every_publication_tells_what_the_thread_has_used_of_the_cpu(path: Path,
     used = iter([7.0, 7.5, 7.75])
     slot = Slot(path, "app#Replica#x1", 3, clock, lambda: next(used))
     assert reading(path).front_end_cpu_s_total == 7.0
-    slot.step(running=1, waiting=0, kv_ratio=0.1, prompt=4, output=1, preempted=0)
+    slot.step(running=1, waiting=0, kv_ratio=0.1, prompt=4, output=1, preempted=0, ended=0)
     assert reading(path).front_end_cpu_s_total == 7.5
     slot.publish()
     assert reading(path).front_end_cpu_s_total == 7.75
@@ -123,7 +124,7 @@ def test_step_time_is_smoothed_over_busy_steps(slot: Slot, clock: Clock) -> None
 
     def step(after_s: float, running: int = 1) -> float:
         clock.now_s += after_s
-        slot.step(running, 0, 0.0, 0, 0, 0)
+        slot.step(running, 0, 0.0, 0, 0, 0, 0)
         return slot.fields.step_time_s
 
     assert step(9.0) == 0.0
@@ -138,13 +139,13 @@ def test_the_warm_up_is_forgotten(slot: Slot, clock: Clock) -> None:
     """Counters and step time start at the first real request."""
     for _ in range(3):
         clock.now_s += 5.0
-        slot.step(1, 0, 0.1, 4, 1, 1)
+        slot.step(1, 0, 0.1, 4, 1, 1, 0)
     slot.forget_warm_up()
     fields = slot.fields
     assert (fields.prompt_tokens_total, fields.output_tokens_total, fields.preemptions_total) == (0, 0, 0)
     assert fields.step_time_s == 0.0
     clock.now_s += 60.0
-    slot.step(1, 0, 0.1, 4, 1, 0)
+    slot.step(1, 0, 0.1, 4, 1, 0, 0)
     assert slot.fields.step_time_s == 0.0
 
 
@@ -165,11 +166,12 @@ def test_the_expected_kv_peak_falls_as_answers_are_made(
 ) -> None:
     """A new request counts with all of its tokens; what remains is worked out anew at the next heartbeat."""
     monkeypatch.setattr(slot_module, "HEARTBEAT_S", 0.001)
-    numbers = [slot.received(Ticket("gpu_aware", "x", 4, tokens=110, output_tokens=100)) for _ in range(2)]
-    assert slot.fields.kv_tokens_peak == 220
+    ticket = Ticket("gpu_aware", "x", 4, tokens=110, output_tokens=100)
+    numbers = [slot.received(ticket)]
     for _ in range(60):
-        slot.step(running=2, waiting=0, kv_ratio=0.0, prompt=0, output=2, preempted=0)
-    slot.finished(numbers[0])
+        slot.step(running=1, waiting=0, kv_ratio=0.0, prompt=0, output=1, preempted=0, ended=0)
+    numbers.append(slot.received(ticket))
+    assert slot.fields.kv_tokens_peak == 220
 
     async def one_beat() -> None:
         task = asyncio.create_task(slot.beat())
@@ -180,8 +182,40 @@ def test_the_expected_kv_peak_falls_as_answers_are_made(
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(one_beat())
-    assert slot.fields.kv_tokens_peak == 110
+    assert slot.fields.kv_tokens_peak == 70 + 10 + 2 * 40
+    slot.finished(numbers[0])
+    assert slot.fields.kv_tokens_peak == 80
     slot.finished(numbers[1])
+
+
+def test_what_the_engine_has_finished_is_ending_until_it_is_answered(slot: Slot, path: Path) -> None:
+    """The board says so before the first of these answers goes out, for their clients return before the last has."""
+    numbers = [slot.received(TICKET) for _ in range(5)]
+    slot.step(running=5, waiting=0, kv_ratio=0.1, prompt=50, output=5, preempted=0, ended=0)
+    assert reading(path).ending_requests == 0
+    slot.step(running=2, waiting=0, kv_ratio=0.1, prompt=0, output=5, preempted=0, ended=3)
+    r = reading(path)
+    assert (r.in_flight_requests, r.ending_requests, r.engine_requests) == (5, 3, 2)
+    slot.finished(numbers[0])
+    assert (reading(path).ending_requests, reading(path).engine_requests) == (2, 2)
+    for number in numbers[1:]:
+        slot.finished(number)
+    assert (reading(path).ending_requests, reading(path).engine_requests) == (0, 0)
+
+
+def test_no_more_are_ending_than_the_engine_does_not_have(slot: Slot, path: Path) -> None:
+    """One whose client leaves after its last token is not counted as ending for ever: the next step sets it right."""
+    numbers = [slot.received(TICKET) for _ in range(3)]
+    slot.step(running=2, waiting=0, kv_ratio=0.1, prompt=30, output=3, preempted=0, ended=1)
+    slot.finished(numbers[0], End.CANCELLED)
+    assert reading(path).engine_requests == 1
+    slot.step(running=2, waiting=0, kv_ratio=0.1, prompt=0, output=2, preempted=0, ended=0)
+    assert (reading(path).ending_requests, reading(path).engine_requests) == (0, 2)
+    late = slot.received(TICKET)
+    slot.step(running=2, waiting=0, kv_ratio=0.1, prompt=0, output=2, preempted=0, ended=0)
+    assert reading(path).engine_requests == 3, "one that has not reached the engine is still to be worked on"
+    for number in (*numbers[1:], late):
+        slot.finished(number)
 
 
 def test_it_beats_and_moves_to_a_board_made_anew(
@@ -242,7 +276,7 @@ def test_a_request_of_many_sequences_is_as_many_in_flight(slot: Slot, path: Path
     assert r.kv_tokens_peak == 600 + 20 * 8
     growths = slot._growth(slot._requests[number])
     assert growths == [(10, 20 + 8)] * 20
-    slot.step(20, 0, 0.1, 400, 20, 0)
+    slot.step(20, 0, 0.1, 400, 20, 0, 0)
     assert slot._growth(slot._requests[number]) == [(9, 21 + 8)] * 20
     slot.finished(number)
     assert reading(path).in_flight_requests == 0
