@@ -49,7 +49,11 @@ class Permission:
 
 
 class DeviceManager:
-    """What replicas ask before they start; and the node's sampler, whose readings the board carries."""
+    """What replicas ask before they start; and the node's sampler, whose readings the board carries.
+
+    Ray calls it from several threads at once, and replicas that start together ask at the same moment: who gets which
+    place, and who finds no weight host and starts one, is decided for one after the other.
+    """
 
     def __init__(self, raw_args: dict[str, Any], device: str, board_path: str, run: str) -> None:
         # Serve takes down what a failed start has begun, too.
@@ -58,6 +62,7 @@ class DeviceManager:
         self._args = args = parse_args(raw_args)
         self._path = Path(board_path)
         restarts = args.restarts
+        self._turn = threading.Lock()
         policy = RestartPolicy(restarts.deaths, restarts.within_s, restarts.first_wait_s)
         self._places = Places(args.total_replicas, policy)
         self._cores = _core_shares(args)
@@ -85,6 +90,10 @@ class DeviceManager:
 
     def may_start(self, replica_id: str, pid: int) -> Permission:
         """May this replica, whose process is `pid`, start its engine now? It asks again until it may, or may never."""
+        with self._turn:
+            return self._may_start(replica_id, pid)
+
+    def _may_start(self, replica_id: str, pid: int) -> Permission:
         leave = self._places.ask(replica_id, Owner.of(pid), time.monotonic())
         if leave.place is None:
             if self._places.all_given_up():
@@ -104,11 +113,13 @@ class DeviceManager:
         """The replica's engine is up. Raises MpsError unless its processes are MPS clients where they have to be."""
         if self._house:
             self._house.started(gpu, [*engine_pids, *self._hosts_of([gpu])])
-        self._places.ready(replica_id, time.monotonic())
+        with self._turn:
+            self._places.ready(replica_id, time.monotonic())
 
     def ended(self, replica_id: str, planned: bool) -> None:
         """The replica has lost its engine, or gave it up as planned; another may take its place."""
-        self._places.ended(replica_id, planned, time.monotonic())
+        with self._turn:
+            self._places.ended(replica_id, planned, time.monotonic())
 
     def terminate(self, engine_pids: list[int]) -> str:
         """Before these processes are killed: end their GPU work. A sentence when that failed, else nothing."""
@@ -183,7 +194,7 @@ class DeviceManager:
         )
 
     def _hosts_of(self, gpus: Sequence[int]) -> list[int]:
-        statuses = [house.status() for gpu, house in self._weights.items() if gpu in gpus]
+        statuses = [house.status() for gpu, house in list(self._weights.items()) if gpu in gpus]
         return [status.pid for status in statuses if status is not None]
 
     def _gpu_of(self, place: int) -> int:

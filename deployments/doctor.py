@@ -40,6 +40,7 @@ def examine(args: ServeArgs, document: dict[str, Any]) -> list[Finding]:
     """Everything that can be known before a start, without starting anything."""
     gpu = device.gpu_count() > 0
     looks: Sequence[Callable[[], Iterator[Finding]]] = (
+        _installed,
         lambda: _engine(args),
         lambda: _gpus(args) if gpu else _no_gpu(args),
         lambda: _mps(args) if gpu else iter(()),
@@ -57,6 +58,14 @@ def doctor(args: ServeArgs, document: dict[str, Any]) -> int:
     findings = examine(args, document)
     print("\n".join(map(str, findings)))
     return int(any(finding.mend for finding in findings))
+
+
+def _installed() -> Iterator[Finding]:
+    if processes.known_to_vllm():
+        yield Finding("package", "splitwiser-serve is installed where vLLM finds it")
+    else:
+        said = "vLLM does not know splitwiser-serve: engines outlive their replicas, and weights are not shared"
+        yield Finding("package", said, "install it into this Python with `pip install -e .`")
 
 
 def _engine(args: ServeArgs) -> Iterator[Finding]:

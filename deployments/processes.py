@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import multiprocessing
 import os
 import re
@@ -29,6 +30,8 @@ WEIGHTS_VARIABLE = "SPLITWISER_WEIGHTS"
 _SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\S+")
 _ENGINE_GRACE_S = 3.0
 _TRACKER_S = 3.0
+# As pyproject.toml names it.
+_PLUGIN = "splitwiser_die_with_parent"
 
 
 def new_run_id() -> str:
@@ -137,6 +140,11 @@ def die_with_parent() -> None:
     if os.environ.get(ENGINE_VARIABLE) and parent is not None:
         # Not getppid(): a parent that ended while vLLM was being imported, for most of a minute, is no longer that.
         threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True, name="die-with-parent").start()
+
+
+def known_to_vllm() -> bool:
+    """Whether vLLM will call `die_with_parent`: only where this project is installed, not merely found on the path."""
+    return any(entry.name == _PLUGIN for entry in importlib.metadata.entry_points(group="vllm.general_plugins"))
 
 
 def _watch_parent(parent: int) -> None:

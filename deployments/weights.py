@@ -7,6 +7,7 @@ which vLLM maps it, `weight_memory.py` the memory they share, `weight_house.py` 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from balancer.board import process_start_ticks
+from deployments import processes
 
 # The `load_format` under which vLLM finds our loader.
 SHARED_FORMAT = "splitwiser_shared"
@@ -42,6 +44,10 @@ def why_private(config: Mapping[str, Any], engine: Mapping[str, Any]) -> str | N
 
     Only what is known without loading: the loader looks again at the model itself.
     """
+    if not processes.known_to_vllm():
+        return (
+            "this Python runs splitwiser-serve without having it installed, so engines find no loader: pip install -e ."
+        )
     if config.get("quantization_config") or engine.get("quantization"):
         return "a quantized model's layers repack their weights in each engine"
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -203,8 +209,8 @@ class WeightStatus:
 
 
 def write_status(path: Path, status: WeightStatus) -> None:
-    """Replaces the file in one step: a reader sees the old or the new, never half."""
-    scratch = path.with_suffix(".tmp")
+    """Replaces the file in one step: a reader sees the old or the new, never half. The host's supervisor writes too."""
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(json.dumps(asdict(status)))
     scratch.replace(path)
 

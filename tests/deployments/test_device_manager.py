@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,27 @@ def test_a_replica_is_sent_to_the_weight_host(sharing: DeviceManager, tmp_path: 
     assert settings.environment == {device_manager.WEIGHTS_VARIABLE: "1"}
     assert HouseOfWeights.made.model == str(tmp_path)
     assert HouseOfWeights.made.environments == [{}]
+
+
+def test_replicas_that_ask_at_once_are_answered_one_after_the_other(
+    sharing: DeviceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray calls from several threads: each replica has a place of its own, and only one of them starts the host."""
+    inside = threading.Barrier(2)
+    met = []
+
+    def ensure(house: HouseOfWeights, environment: dict[str, str]) -> None:
+        try:
+            inside.wait(0.2)
+            met.append(True)
+        except threading.BrokenBarrierError:
+            inside.reset()
+
+    monkeypatch.setattr(HouseOfWeights, "ensure", ensure)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda name: sharing.may_start(name, os.getpid()), "ab"))
+    assert sorted(permission.place or 0 for permission in found) == [0, 1]
+    assert not met, "both looked for a host at the same time, and would have started two"
 
 
 def test_what_the_host_refuses_is_no_longer_asked_of_it(sharing: DeviceManager) -> None:

@@ -52,6 +52,13 @@ def test_a_machine_without_a_gpu_can_be_fine(
     assert capsys.readouterr().out == "ok    driver          no GPU\nok    port            free\n"
 
 
+def test_a_package_that_is_only_on_the_path_is_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM finds plugins among what is installed; without ours engines know neither their replica nor the loader."""
+    assert look(monkeypatch)["package"][0].mend == ""
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    assert "pip install -e ." in look(monkeypatch)["package"][0].mend
+
+
 def test_one_line_to_mend_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The line says what is so and how to mend it."""
     monkeypatch.setattr(doctor, "examine", lambda *_: [Finding("port", "8000 is taken", "end it")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,16 @@ from typing import Any
 import pytest
 
 from deployments import weights
-from deployments.weights import Follower, Manifest, Tensor, WeightsError, WeightStatus, why_private
+from deployments.weights import (
+    Follower,
+    Manifest,
+    Tensor,
+    WeightsError,
+    WeightStatus,
+    read_status,
+    why_private,
+    write_status,
+)
 
 OPT = {"model_type": "opt", "hidden_size": 768}
 
@@ -51,6 +62,28 @@ def test_what_cannot_be_shared_is_known_before_anything_starts(
 def test_an_ordinary_model_can_be_shared(engine: dict[str, Any]) -> None:
     """Arguments that are there and ask for nothing stand in nobody's way."""
     assert why_private(OPT, engine) is None
+
+
+def test_nothing_is_shared_by_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would not know the loader, and every engine would fail to start."""
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    assert "pip install -e ." in str(why_private(OPT, {}))
+
+
+def test_two_may_write_a_status_at_once(tmp_path: Path) -> None:
+    """The host and the supervisor that started it both say that it loads; the file is whole whoever comes last."""
+    path, turns = tmp_path / "weights-1.json", 200
+    words = f"import sys; from deployments.weights import *; from pathlib import Path; p = Path({str(path)!r})"
+    loop = f"[write_status(p, WeightStatus('loading', 1, n)) for n in range({turns})]"
+    other = subprocess.Popen([sys.executable, "-c", f"{words}; print(flush=True); {loop}"], stdout=subprocess.PIPE)
+    with other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        while other.poll() is None:
+            write_status(path, WeightStatus("loading", 2, 0))
+            assert read_status(path) is not None
+    assert other.returncode == 0
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def manifest(**changes: Any) -> Manifest:
