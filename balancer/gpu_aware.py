@@ -90,7 +90,8 @@ class View:
     """One replica as the policy sees it. `requests` and `tokens` include what was assigned on this snapshot."""
 
     __slots__ = (
-        "group", "kv_ratio", "max_requests", "max_tokens", "prompts", "reading", "requests", "slot", "tokens", "wait_s",
+        "group", "kv_ratio", "leaving_tokens", "max_requests", "max_tokens", "prompts", "reading", "requests", "slot",
+        "tokens", "wait_s",
     )  # fmt: skip
 
     def __init__(self, reading: ReplicaReading, group: GpuGroup, reserve_ratio: float) -> None:
@@ -111,6 +112,8 @@ class View:
         self.group.requests += requests - self.requests
         self.requests = requests
         self.tokens = kv_tokens_committed(reading)
+        # A mean share: right for what a step takes. What is promised stays promised until the answers' ends are told.
+        self.leaving_tokens = self.tokens * reading.ending_requests / max(1, reading.assigned_requests)
         self.prompts = reading.waiting_requests + reading.on_the_way_requests
         self._predict()
 
@@ -125,7 +128,8 @@ class View:
         """Seconds until a first token: prompts ahead of this one, then a step as long as batch and KV make it."""
         group = self.group
         mean = group.mean_tokens
-        self.wait_s = (self.requests + self.tokens / mean) * group.sequence_s + self.prompts * mean * group.prompt_s
+        read = (self.tokens - self.leaving_tokens) / mean
+        self.wait_s = (self.requests + read) * group.sequence_s + self.prompts * mean * group.prompt_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,10 @@ class Policy(Protocol):
 def kv_tokens_committed(replica: ReplicaReading) -> int:
     """Tokens of KV cache that are used or promised.
 
-    Requests in flight count with their expected peak, or where the replica does not tell, each at its final size; the
-    engine holds nothing any more for those that are over.
+    Requests in flight count with their expected peak, or where the replica does not tell, each at its final size.
     """
     used = replica.kv_blocks_used * replica.kv_block_tokens
-    promised = replica.kv_tokens_peak or replica.in_flight_tokens
-    if replica.ending_requests:
-        promised -= promised * replica.ending_requests // replica.in_flight_requests
-    return max(used, promised) + replica.on_the_way_tokens
+    return max(used, replica.kv_tokens_peak or replica.in_flight_tokens) + replica.on_the_way_tokens
 
 
 def kv_tokens_free(replica: ReplicaReading) -> int:

@@ -2,8 +2,8 @@
 
     python3 -m benchmarks.gpu_shipped --out shipped.jsonl --logs FOLDER
 
-Where the model cannot be downloaded, its name is made to stand for a checkpoint of the same shape with random weights:
-a Hugging Face cache is laid out under FOLDER, and everything else is the user's way. One JSON line tells what `doctor`
+The model is not downloaded: its name is made to stand for a checkpoint of OPT-125m's shape with random weights, in a
+Hugging Face cache laid out under FOLDER. Everything else is the user's way. One JSON line tells what `doctor`
 and `plan` said and how the start went (seconds, each replica's KV cache, engines that are MPS clients), what came back
 for one completion, one stream and a burst of 40, and what was left after Ctrl-C.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.fault_system import ROOT, Setup, System, gpu_used_mib, serving
+from benchmarks.fault_system import ROOT, MissedError, Setup, System, gpu_used_mib, serving
 from benchmarks.gpu_http import provenance
 from benchmarks.load import Load, run, summary
 from benchmarks.shapes import OPT_125M
@@ -52,16 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     row |= {"memory_before_mib": gpu_used_mib()}
     began_s = time.monotonic()
     setup = Setup(args, args.get("device") == "gpu", BURST, 256, 128)
-    with serving(options.config, setup, options.logs / "shipped.log", port, READY_WITHIN_S) as system:
-        row |= {"start_s": round(time.monotonic() - began_s, 1), **started_as(system)}
-        row |= asked(system.url, args["model"])
-        child = system.child
-    row |= {"exit_status": child.returncode, "runs_left": len(list(runs_folder().glob("*")))}
-    row |= {"memory_after_mib": gpu_used_mib(), **provenance()}
+    try:
+        with serving(options.config, setup, options.logs / "shipped.log", port, READY_WITHIN_S) as system:
+            row |= {"start_s": round(time.monotonic() - began_s, 1), **started_as(system)}
+            row |= asked(system.url, args["model"])
+            child = system.child
+        row |= {"exit_status": child.returncode}
+    except (MissedError, OSError, KeyError, ValueError) as error:
+        row |= {"failure": str(error)}
+    row |= {"runs_left": len(list(runs_folder().glob("*"))), "memory_after_mib": gpu_used_mib()}
+    row |= {"command": " ".join(sys.argv), **provenance()}
     with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
-    return 0
+    return int("failure" in row)
 
 
 def stand_for(model: str, cache: Path) -> None:

@@ -136,7 +136,7 @@ class DeviceManager:
         self._closing.close()
 
     def _dismiss_hosts(self) -> None:
-        for host in self._weights.values():
+        for host in list(self._weights.values()):
             host.dismiss()
 
     def _release_writers(self) -> None:
@@ -161,11 +161,12 @@ class DeviceManager:
 
     def _share_no_more(self, why: str) -> None:
         logger.warning("the weights are not shared: %s; replicas that start from now on are planned for it", why)
+        # First: where that does not fit, nobody may load privately under a plan that counts the weights once.
+        if self._house:
+            self._house.plan_private_weights()
         for house in self._weights.values():
             house.dismiss()
         self._weights.clear()
-        if self._house:
-            self._house.plan_private_weights()
 
     def _watch_mps(self) -> None:
         if self._house:

@@ -98,7 +98,8 @@ class GpuHouse:
     def must_wait(self, gpu: int, others_starting: int) -> bool:
         """Whether a replica on `gpu` may not start yet: MPS is being healed, or the first one is being measured."""
         if self._keeper is not None:
-            self.refusal = self.refusal or self._keeper.given_up
+            if not self.refusal and self._keeper.given_up:
+                self.refusal = self._keeper.given_up
             if self._keeper.healing:
                 return True
         return others_starting > 0 and not self._together() and gpu not in self._measured
@@ -111,8 +112,9 @@ class GpuHouse:
         for pid in pids if self._keeper is not None else ():
             self._keeper.prove_client(pid, _CLIENT_WITHIN_S)  # type: ignore[union-attr]
         if not self._together() and gpu not in self._measured:
-            self._measured.add(gpu)
+            # In this order: another replica may ask meanwhile, in another thread, and starts once this one is measured.
             self._correct(gpu)
+            self._measured.add(gpu)
 
     def terminate(self, pids: list[int]) -> str:
         """End the GPU work of these clients, after which they may be killed without harm; what went wrong, if any."""

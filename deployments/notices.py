@@ -28,19 +28,20 @@ class LossFile:
 
     def __init__(self, board: Path) -> None:
         self._path = _beside(board, "gpu")
-        self._seen_ns = 0
-        self._losses = Losses()
+        # What was read, and when it was written: in one, as threads share it.
+        self._seen = (0, Losses())
 
     def read(self) -> Losses:
         try:
             changed_ns = self._path.stat().st_mtime_ns
         except FileNotFoundError:
-            return self._losses
-        if changed_ns != self._seen_ns:
+            return self._seen[1]
+        seen_ns, losses = self._seen
+        if changed_ns != seen_ns:
             found = json.loads(self._path.read_text())
-            self._losses = Losses({int(gpu): epoch for gpu, epoch in found["epochs"].items()}, found["why"])
-            self._seen_ns = changed_ns
-        return self._losses
+            losses = Losses({int(gpu): epoch for gpu, epoch in found["epochs"].items()}, found["why"])
+            self._seen = changed_ns, losses
+        return losses
 
     def lose(self, gpus: list[int], why: str) -> None:
         """Every engine that started on `gpus` before now is lost."""

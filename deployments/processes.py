@@ -143,8 +143,11 @@ def die_with_parent() -> None:
 
 
 def known_to_vllm() -> bool:
-    """Whether vLLM will call `die_with_parent`: only where this project is installed, not merely found on the path."""
-    return any(entry.name == _PLUGIN for entry in importlib.metadata.entry_points(group="vllm.general_plugins"))
+    """Whether vLLM will call `die_with_parent`: only where this project is installed, not merely found on the path, and
+    VLLM_PLUGINS, where it is set, names it."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    installed = any(entry.name == _PLUGIN for entry in importlib.metadata.entry_points(group="vllm.general_plugins"))
+    return installed and (allowed is None or _PLUGIN in allowed.split(","))
 
 
 def _watch_parent(parent: int) -> None:

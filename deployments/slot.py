@@ -16,8 +16,10 @@ from balancer.ledger import End, Page
 from balancer.readings import NO_SLOT, ReplicaState, Snapshot
 from balancer.ticket import Ticket
 
-# Also how old the expected peak of the KV cache may be; a beat costs about 0.1 ms with a full batch.
 HEARTBEAT_S = 0.1
+# How old the expected peak of the KV cache may be when an answer has ended, seen at the next step; otherwise as old as
+# a heartbeat. Working it out takes about 0.1 ms with a full batch.
+PEAK_EVERY_S = 0.02
 # One step in eight moves the published step time: steady enough to compare replicas, quick enough to see a change.
 _STEP_SMOOTHING = 0.125
 
@@ -42,6 +44,8 @@ class Slot:
         self._step_began_s: float | None = None
         self._overdue: list[Callable[[], None]] = []
         self._ends_at_s: float | None = None
+        self._peak_at_s = clock()
+        self._peak_is_old = False
         self.last_step_s = clock()
         self._requests: dict[int, tuple[Ticket, int]] = {}
         self._numbers = itertools.count()
@@ -97,12 +101,12 @@ class Slot:
         ticket, _ = self._requests.pop(number)
         fields = self.fields
         fields.finished_total += ticket.served
+        fields.in_flight_requests -= ticket.sequences
         if end is End.COMPLETED:
             fields.ending_requests = max(0, fields.ending_requests - ticket.sequences)
-        # Until the next heartbeat knows better, its part of the peak is a mean one.
-        fields.kv_tokens_peak -= fields.kv_tokens_peak * ticket.sequences // max(1, fields.in_flight_requests)
-        fields.in_flight_requests -= ticket.sequences
+        fields.ending_requests = min(fields.ending_requests, fields.in_flight_requests)
         fields.in_flight_tokens -= ticket.tokens
+        self._peak_is_old = True
         if engine_failed:
             fields.server_errors_total += 1
             fields.server_errors_in_a_row += 1
@@ -158,7 +162,11 @@ class Slot:
     def step(
         self, running: int, waiting: int, kv_ratio: float, prompt: int, output: int, preempted: int, ended: int
     ) -> None:
-        """One engine step, as vLLM's statistics tell it; `ended` sequences came to their end in it."""
+        """One engine step, as vLLM's statistics tell it; `ended` sequences came to their end in it.
+
+        Of steps with more than 128 outputs vLLM sends the first before it tells of the step; then `ending_requests` may
+        for a moment count as many that have yet to reach the engine.
+        """
         fields = self.fields
         fields.running_requests = running
         fields.waiting_requests = waiting
@@ -171,6 +179,8 @@ class Slot:
         fields.ending_requests = max(0, min(fields.ending_requests + ended, gone))
         self._measure_step(busy=running > 0)
         fields.engine_steps_total += 1
+        if self._peak_is_old and self.last_step_s - self._peak_at_s >= PEAK_EVERY_S:
+            self._expect_peak()
         self.publish()
 
     async def beat(self) -> None:
@@ -179,10 +189,14 @@ class Slot:
             await asyncio.sleep(HEARTBEAT_S)
             if self._board.replaced():
                 self._move()
-            growths = itertools.chain.from_iterable(map(self._growth, self._requests.values()))
-            self.fields.kv_tokens_peak = peak_tokens(growths)
+            self._expect_peak()
             self.publish()
             self._look_for_the_end()
+
+    def _expect_peak(self) -> None:
+        growths = itertools.chain.from_iterable(map(self._growth, self._requests.values()))
+        self.fields.kv_tokens_peak = peak_tokens(growths)
+        self._peak_at_s, self._peak_is_old = self._clock(), False
 
     def _look_for_the_end(self) -> None:
         self._ends_at_s = stopping.asked(self._path)
@@ -193,7 +207,8 @@ class Slot:
     def _engine_is_empty(self) -> None:
         """An engine whose last request was aborted makes no further step that would tell."""
         fields = self.fields
-        fields.running_requests = fields.waiting_requests = fields.kv_blocks_used = fields.ending_requests = 0
+        fields.running_requests = fields.waiting_requests = fields.ending_requests = 0
+        fields.kv_blocks_used = fields.kv_tokens_peak = 0
 
     def _growth(self, request: tuple[Ticket, int]) -> list[tuple[int, int]]:
         """Tokens that each sequence of a request will still make, and holds now: it makes one at each engine step since

@@ -45,9 +45,7 @@ def why_private(config: Mapping[str, Any], engine: Mapping[str, Any]) -> str | N
     Only what is known without loading: the loader looks again at the model itself.
     """
     if not processes.known_to_vllm():
-        return (
-            "this Python runs splitwiser-serve without having it installed, so engines find no loader: pip install -e ."
-        )
+        return "vLLM does not know splitwiser-serve's loader; install it with `pip install -e .`, or clear VLLM_PLUGINS"
     if config.get("quantization_config") or engine.get("quantization"):
         return "a quantized model's layers repack their weights in each engine"
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -209,7 +207,7 @@ class WeightStatus:
 
 
 def write_status(path: Path, status: WeightStatus) -> None:
-    """Replaces the file in one step: a reader sees the old or the new, never half. The host's supervisor writes too."""
+    """Replaces the file in one step: a reader sees the old or the new, never half. Host and device manager write."""
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(json.dumps(asdict(status)))
     scratch.replace(path)

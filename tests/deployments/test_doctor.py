@@ -22,6 +22,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a GPU, with free ports and no earlier runs, whatever the real one is."""
     monkeypatch.setattr(doctor.device, "gpu_count", lambda: 0)
     monkeypatch.setattr(doctor.device, "resolve", lambda args: "cpu")
+    monkeypatch.setattr(doctor.processes, "known_to_vllm", lambda: True)
     monkeypatch.setattr(doctor.processes, "runs_folder", lambda: tmp_path / "runs")
     monkeypatch.setattr(launch, "ray_ports", lambda: {})
     monkeypatch.setattr(doctor, "_memory", lambda: iter(()))
@@ -55,7 +56,7 @@ def test_a_machine_without_a_gpu_can_be_fine(
 def test_a_package_that_is_only_on_the_path_is_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM finds plugins among what is installed; without ours engines know neither their replica nor the loader."""
     assert look(monkeypatch)["package"][0].mend == ""
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    monkeypatch.setattr(doctor.processes, "known_to_vllm", lambda: False)
     assert "pip install -e ." in look(monkeypatch)["package"][0].mend
 
 

@@ -166,12 +166,11 @@ def test_the_expected_kv_peak_falls_as_answers_are_made(
 ) -> None:
     """A new request counts with all of its tokens; what remains is worked out anew at the next heartbeat."""
     monkeypatch.setattr(slot_module, "HEARTBEAT_S", 0.001)
-    ticket = Ticket("gpu_aware", "x", 4, tokens=110, output_tokens=100)
-    numbers = [slot.received(ticket)]
-    for _ in range(60):
-        slot.step(running=1, waiting=0, kv_ratio=0.0, prompt=0, output=1, preempted=0, ended=0)
-    numbers.append(slot.received(ticket))
+    numbers = [slot.received(Ticket("gpu_aware", "x", 4, tokens=110, output_tokens=100)) for _ in range(2)]
     assert slot.fields.kv_tokens_peak == 220
+    for _ in range(60):
+        slot.step(running=2, waiting=0, kv_ratio=0.0, prompt=0, output=2, preempted=0, ended=0)
+    slot.finished(numbers[0])
 
     async def one_beat() -> None:
         task = asyncio.create_task(slot.beat())
@@ -182,14 +181,27 @@ def test_the_expected_kv_peak_falls_as_answers_are_made(
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(one_beat())
-    assert slot.fields.kv_tokens_peak == 70 + 10 + 2 * 40
-    slot.finished(numbers[0])
-    assert slot.fields.kv_tokens_peak == 80
+    assert slot.fields.kv_tokens_peak == 110
     slot.finished(numbers[1])
 
 
+def test_an_ended_answer_gives_back_what_was_promised_to_it_within_steps(slot: Slot, clock: Clock) -> None:
+    """The next step that is late enough works the peak out anew: exactly, for those that are left may be long ones."""
+    short = [slot.received(Ticket("gpu_aware", "x", 4, tokens=20, output_tokens=10)) for _ in range(9)]
+    long = slot.received(Ticket("gpu_aware", "x", 4, tokens=1010, output_tokens=1000))
+    for number in short:
+        slot.finished(number)
+    assert slot.fields.kv_tokens_peak == 9 * 20 + 1010
+    slot.step(running=1, waiting=0, kv_ratio=0.0, prompt=0, output=1, preempted=0, ended=0)
+    assert slot.fields.kv_tokens_peak == 9 * 20 + 1010, "too early: it costs"
+    clock.now_s += slot_module.PEAK_EVERY_S * 1.5
+    slot.step(running=1, waiting=0, kv_ratio=0.0, prompt=0, output=1, preempted=0, ended=0)
+    assert slot.fields.kv_tokens_peak == 1010
+    slot.finished(long)
+
+
 def test_what_the_engine_has_finished_is_ending_until_it_is_answered(slot: Slot, path: Path) -> None:
-    """The board says so before the first of these answers goes out, for their clients return before the last has."""
+    """The board says so with the step that ended them, for their clients return before the last was answered."""
     numbers = [slot.received(TICKET) for _ in range(5)]
     slot.step(running=5, waiting=0, kv_ratio=0.1, prompt=50, output=5, preempted=0, ended=0)
     assert reading(path).ending_requests == 0
@@ -204,7 +216,7 @@ def test_what_the_engine_has_finished_is_ending_until_it_is_answered(slot: Slot,
 
 
 def test_no_more_are_ending_than_the_engine_does_not_have(slot: Slot, path: Path) -> None:
-    """One whose client leaves after its last token is not counted as ending for ever: the next step sets it right."""
+    """One whose client leaves after its last token is not counted as ending for ever: a later step sets it right."""
     numbers = [slot.received(TICKET) for _ in range(3)]
     slot.step(running=2, waiting=0, kv_ratio=0.1, prompt=30, output=3, preempted=0, ended=1)
     slot.finished(numbers[0], End.CANCELLED)
@@ -215,6 +227,17 @@ def test_no_more_are_ending_than_the_engine_does_not_have(slot: Slot, path: Path
     slot.step(running=2, waiting=0, kv_ratio=0.1, prompt=0, output=2, preempted=0, ended=0)
     assert reading(path).engine_requests == 3, "one that has not reached the engine is still to be worked on"
     for number in (*numbers[1:], late):
+        slot.finished(number)
+
+
+def test_no_more_are_ending_than_are_in_flight(slot: Slot, path: Path) -> None:
+    """Clients that leave while they are answered take their places with them, though the engine makes no more steps."""
+    numbers = [slot.received(TICKET) for _ in range(5)]
+    slot.step(running=0, waiting=0, kv_ratio=0.0, prompt=50, output=5, preempted=0, ended=5)
+    for number in numbers[:2]:
+        slot.finished(number, End.CANCELLED)
+    assert (reading(path).in_flight_requests, reading(path).engine_requests) == (3, 0)
+    for number in numbers[2:]:
         slot.finished(number)
 
 

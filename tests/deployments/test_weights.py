@@ -65,13 +65,19 @@ def test_an_ordinary_model_can_be_shared(engine: dict[str, Any]) -> None:
 
 
 def test_nothing_is_shared_by_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM would not know the loader, and every engine would fail to start."""
+    """vLLM would not know the loader, and every engine would fail to start; nor where plugins are picked by hand."""
+    assert why_private(OPT, {}) is None
+    monkeypatch.setenv("VLLM_PLUGINS", "another,splitwiser_die_with_parent")
+    assert why_private(OPT, {}) is None
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert "VLLM_PLUGINS" in str(why_private(OPT, {}))
+    monkeypatch.delenv("VLLM_PLUGINS")
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
     assert "pip install -e ." in str(why_private(OPT, {}))
 
 
 def test_two_may_write_a_status_at_once(tmp_path: Path) -> None:
-    """The host and the supervisor that started it both say that it loads; the file is whole whoever comes last."""
+    """The host and the device manager that started it both say that it loads; the file is whole whoever comes last."""
     path, turns = tmp_path / "weights-1.json", 200
     words = f"import sys; from deployments.weights import *; from pathlib import Path; p = Path({str(path)!r})"
     loop = f"[write_status(p, WeightStatus('loading', 1, n)) for n in range({turns})]"
