@@ -175,7 +175,8 @@ class DeviceManager:
     def _permission(self, place: int, gpu: int) -> Permission:
         cores = self._cores[place] if self._cores else ()
         if self._house is None:
-            return Permission(place, 0, 0, cores, self._with_weights(0, EngineSettings()))
+            together = EngineSettings(together=_together_on_cpus(self._args))
+            return Permission(place, 0, 0, cores, self._with_weights(0, together))
         epoch = self._house.losses.read().epoch(gpu)
         return Permission(place, gpu, epoch, cores, self._with_weights(gpu, self._house.settings(gpu)))
 
@@ -184,7 +185,7 @@ class DeviceManager:
         house = self._weights.get(gpu)
         if house and (why := house.refused()):
             self._share_no_more(why)
-            return self._house.settings(gpu) if self._house else EngineSettings()
+            return self._house.settings(gpu) if self._house else settings
         if house is None:
             return settings
         house.ensure(settings.environment)
@@ -238,6 +239,11 @@ class DeviceManager:
         self._writers.clear()
         self._board.close()
         self._board = board
+
+
+def _together_on_cpus(args: ServeArgs) -> bool:
+    """Whether replicas without a GPU may start at the same time: no engine sizes its KV cache by what it finds free."""
+    return args.start == "together" or (args.start == "auto" and "kv_cache_memory_bytes" in args.engine)
 
 
 def _core_shares(args: ServeArgs) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Engines start one at a time on a node: two that size their memory at once mis-size each other."""
+"""Engines that size their memory by what is free start one at a time on a node: two at once mis-size each other."""
 
 from __future__ import annotations
 

@@ -94,6 +94,22 @@ def test_without_a_gpu_a_replica_adds_nothing(path: Path) -> None:
     manager.__del__()
 
 
+@pytest.mark.parametrize(
+    ("start", "engine", "together"),
+    [
+        ("auto", {}, False), ("auto", {"kv_cache_memory_bytes": 1 << 28}, True), ("together", {}, True),
+        ("first_alone", {"kv_cache_memory_bytes": 1 << 28}, False),
+    ],
+)  # fmt: skip
+def test_without_a_gpu_replicas_start_together_where_none_sizes_its_cache_by_what_is_free(
+    path: Path, start: str, engine: dict[str, int], together: bool
+) -> None:
+    """Two that look for free memory at once would mis-size each other; pinned KV caches leave nothing to see."""
+    manager = DeviceManager({**ARGS, "start": start, "engine": engine}, "cpu", str(path), "test")
+    assert manager.may_start("a", os.getpid()).settings.together is together
+    manager.__del__()
+
+
 def test_a_replica_that_keeps_dying_is_given_up_and_the_run_ends_with_the_last(path: Path) -> None:
     """Each death postpones the next start; after the last place has been given up the supervisor is told."""
     args = {**ARGS, "replicas": 2, "restarts": {"deaths": 2, "first_wait_s": 0}}
