@@ -197,6 +197,8 @@ def test_a_killed_engine_fails_explicitly_and_is_replaced(tmp_path: Path) -> Non
         next(p for name, p in workers.items() if name.endswith(stream.replica)).kill()  # its engine dies of it
         assert stream.ended.wait(60)
         assert stream.error.get("code"), stream.text[-200:]
+        # The replica looks at its engine ten times a second; until then it may still be given a request.
+        until(lambda: sum(r.state.name == "READY" for r in readings(system)) == 1, within_s=5.0)
         assert system.complete(max_tokens=2).status == 200
         short = streams.start(system.url, 2, max_tokens=200, ignore_eos=True)
         board = board_path(system.run_id)
