@@ -270,9 +270,12 @@ def _stop(run: Run, drain_s: float, child: subprocess.Popen[bytes], interrupted:
     else:
         _say("stopping")
     drain.drain(run.board, drain_s, hurry)
+    # Ray kills a replica that takes too long to stop, and then nobody is left who knows what its engine had mapped.
+    shared = processes.shared_memory_of(p.pid for p in processes.of_run(run.run_id, _session(run.folder)))
     child.send_signal(signal.SIGINT)
     if not _left_the_board(run, hurry):
         _say(f"the replicas did not stop within {_ORDERLY_S:.0f} s; ending them")
+    processes.remove(shared)
 
 
 def _show(output: IO[bytes]) -> None:

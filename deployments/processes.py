@@ -27,7 +27,9 @@ URL_VARIABLE = "SPLITWISER_URL"
 ENGINE_VARIABLE = "SPLITWISER_ENGINE"
 # Set where an engine shall know the loader of shared weights: it imports parts of vLLM, which take a second.
 WEIGHTS_VARIABLE = "SPLITWISER_WEIGHTS"
-_SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\S+")
+# The inodes of what is mapped from there: of a semaphore the name in `maps` is the one it had while it was made.
+_MAPPED = re.compile(r"^\S+ \S+ \S+ \S+ (\d+) +/dev/shm/", re.MULTILINE)
+_SHARED_MEMORY = ("psm_*", "sem.mp-*")
 _ENGINE_GRACE_S = 3.0
 _TRACKER_S = 3.0
 # As pyproject.toml names it.
@@ -71,16 +73,21 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> list[psutil.Proc
 
 
 def end_run(run_id: str, session: Owner | None, grace_s: float) -> list[psutil.Process]:
-    """End what belongs to a run, again while its dying processes start others; returns what lives even so."""
+    """End what belongs to a run, again while its dying processes start others; returns what lives even so.
+
+    Shared memory that they have mapped goes with them.
+    """
     for _ in range(3):
         left = of_run(run_id, session)
         if not left:
             return []
+        shared = shared_memory_of(process.pid for process in left)
         # Trackers end by themselves after their last owner, and remove the shared memory that it left.
         trackers = [process for process in left if _is_resource_tracker(process)]
         end([process for process in left if process not in trackers], grace_s)
         _, stubborn = psutil.wait_procs(trackers, timeout=_TRACKER_S)
         end(stubborn, 0.0)
+        remove(shared)
     return of_run(run_id, session)
 
 
@@ -100,11 +107,24 @@ def shared_memory_of(pids: Iterable[int]) -> frozenset[Path]:
 
     Killed, they leave them: Ray ends a worker's children, the resource tracker that would remove them among these.
     """
-    found: set[str] = set()
+    mapped: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
-            found.update(_SHARED_MEMORY.findall(Path(f"/proc/{pid}/maps").read_text()))
-    return frozenset(map(Path, found))
+            mapped.update(_MAPPED.findall(Path(f"/proc/{pid}/maps").read_text()))
+    files = [path for pattern in _SHARED_MEMORY for path in Path("/dev/shm").glob(pattern)]
+    return frozenset(path for path in files if _inode(path) in mapped)
+
+
+def _inode(path: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return str(path.stat().st_ino)
+    return ""
+
+
+def remove(shared_memory: Iterable[Path]) -> None:
+    """Whoever has it mapped keeps it until it ends."""
+    for path in shared_memory:
+        path.unlink(missing_ok=True)
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:

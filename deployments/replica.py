@@ -182,8 +182,7 @@ class Replica:
         self._slot.close()
 
     def _remove_shared_memory(self) -> None:
-        for path in self._shared_memory:
-            path.unlink(missing_ok=True)
+        processes.remove(self._shared_memory)
 
     async def _end_gpu_work(self) -> None:
         """Serve's drain is over and requests are still under way: the engine may have to be killed at its work."""

@@ -164,6 +164,19 @@ def test_a_whole_run_ends(start: Start) -> None:
     assert not gone(stranger.pid)
 
 
+def test_shared_memory_goes_with_the_run(start: Start) -> None:
+    """What a killed process had mapped stays otherwise: its resource tracker ends with it, and nobody else knows."""
+    child = start(
+        "from multiprocessing import resource_tracker; from multiprocessing.shared_memory import SharedMemory;"
+        " m = SharedMemory(create=True, size=4096); resource_tracker.unregister(m._name, 'shared_memory');" + DEAF,
+        mark=RUN,
+    )
+    (path,) = processes.shared_memory_of([child.pid])
+    assert path.exists()
+    assert end_run(RUN, None, grace_s=0.1) == []
+    assert not path.exists()
+
+
 def test_a_run_that_is_over_ends_at_once() -> None:
     """Nothing to end: nothing left."""
     assert end_run(RUN, None, grace_s=0.0) == []
@@ -316,14 +329,16 @@ def test_the_engines_of_a_replica_are_all_it_started_but_the_resource_tracker() 
 def test_the_shared_memory_that_a_process_has_mapped_is_known_while_it_lives() -> None:
     """Afterwards nobody could tell whose it was; of a process that has ended there is none."""
     holds = "from multiprocessing.shared_memory import SharedMemory; m = SharedMemory(create=True, size=4096);"
-    command = [sys.executable, "-c", f"{holds} print(m.name, flush=True); input()"]
+    locks = "from multiprocessing import get_context; lock = get_context('spawn').Lock(); name = lock._semlock.name;"
+    command = [sys.executable, "-c", f"{holds} {locks} print(m.name, 'sem.' + name.strip('/'), flush=True); input()"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    path = Path("/dev/shm") / child.stdout.readline().strip()
-    assert processes.shared_memory_of([child.pid]) == {path}
+    paths = {Path("/dev/shm") / name for name in child.stdout.readline().split()}
+    assert len(paths) == 2
+    assert processes.shared_memory_of([child.pid]) == paths
     child.communicate("")
     assert processes.shared_memory_of([child.pid]) == frozenset()
-    path.unlink(missing_ok=True)
+    processes.remove(paths)
 
 
 def test_only_the_very_process_is_killed() -> None:
