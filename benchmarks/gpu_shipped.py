@@ -28,7 +28,7 @@ from benchmarks.fault_system import ROOT, MissedError, Setup, System, gpu_used_m
 from benchmarks.gpu_http import provenance
 from benchmarks.load import Load, run, summary
 from benchmarks.shapes import OPT_125M
-from deployments.demo_model import ensure_demo_model
+from deployments.demo_model import DemoSpec, ensure_demo_model
 from deployments.processes import runs_folder
 
 READY_WITHIN_S = 300.0
@@ -68,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int("failure" in row)
 
 
-def stand_for(model: str, cache: Path) -> None:
-    """Lay out a Hugging Face cache in which `model` is a checkpoint of OPT-125m's shape with random weights."""
+def stand_for(model: str, cache: Path, spec: DemoSpec = OPT_125M) -> None:
+    """Lay out a Hugging Face cache in which `model` is a checkpoint of this shape with random weights."""
     if "/" not in model:
         return
     entry = cache / "hub" / f"models--{model.replace('/', '--')}"
-    checkpoint = ensure_demo_model(cache, OPT_125M)
+    checkpoint = ensure_demo_model(cache, spec)
     commit = hashlib.sha1(checkpoint.name.encode()).hexdigest()
     (entry / "refs").mkdir(parents=True, exist_ok=True)
     (entry / "refs" / "main").write_text(commit)

@@ -14,7 +14,7 @@ from typing import Any
 
 from balancer.board import REPLICA_SLOTS, Board, GpuWriter, Owner
 from balancer.readings import GpuReading
-from deployments import cores, mps, notices, privacy, processes, weights
+from deployments import cores, mps, notices, privacy, processes, start_order, weights
 from deployments.config import ServeArgs, parse_args
 from deployments.gpu_house import EngineSettings, GpuHouse
 from deployments.gpu_setup import model_path, why_private
@@ -175,8 +175,10 @@ class DeviceManager:
     def _permission(self, place: int, gpu: int) -> Permission:
         cores = self._cores[place] if self._cores else ()
         if self._house is None:
-            together = EngineSettings(together=_together_on_cpus(self._args))
-            return Permission(place, 0, 0, cores, self._with_weights(0, together))
+            # Without a plan only a pinned KV cache is not sized by what an engine finds free.
+            pinned = "kv_cache_memory_bytes" in self._args.engine
+            settings = EngineSettings(together=start_order.together(self._args.start, pinned))
+            return Permission(place, 0, 0, cores, self._with_weights(0, settings))
         epoch = self._house.losses.read().epoch(gpu)
         return Permission(place, gpu, epoch, cores, self._with_weights(gpu, self._house.settings(gpu)))
 
@@ -239,11 +241,6 @@ class DeviceManager:
         self._writers.clear()
         self._board.close()
         self._board = board
-
-
-def _together_on_cpus(args: ServeArgs) -> bool:
-    """Whether replicas without a GPU may start at the same time: no engine sizes its KV cache by what it finds free."""
-    return args.start == "together" or (args.start == "auto" and "kv_cache_memory_bytes" in args.engine)
 
 
 def _core_shares(args: ServeArgs) -> list[tuple[int, ...]]:

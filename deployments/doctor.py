@@ -65,7 +65,7 @@ def _installed() -> Iterator[Finding]:
         yield Finding("package", "splitwiser-serve is installed where vLLM finds it")
     else:
         said = "vLLM does not know splitwiser-serve: engines outlive their replicas, and weights are not shared"
-        yield Finding("package", said, "install it into this Python with `pip install -e .`, or clear VLLM_PLUGINS")
+        yield Finding("package", said, processes.MAKE_KNOWN)
 
 
 def _engine(args: ServeArgs) -> Iterator[Finding]:

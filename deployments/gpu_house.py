@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deployments import gpu_setup, memory, mps, numeric_check
+from deployments import gpu_setup, memory, mps, numeric_check, start_order
 from deployments.config import ServeArgs
 from deployments.mps_keeper import MpsKeeper
 from deployments.notices import LossFile
@@ -131,7 +131,7 @@ class GpuHouse:
 
     def _together(self) -> bool:
         """Whether replicas may start at the same time; else the first on each GPU starts alone and is measured."""
-        return self._args.start == "together" or (self._args.start == "auto" and self._plan.tolerates(_ENGINE_GROWTH))
+        return start_order.together(self._args.start, self._plan.tolerates(_ENGINE_GROWTH))
 
     def _correct(self, gpu: int) -> None:
         now, made = gpu_setup.this_card(gpu), self._plan

@@ -34,6 +34,8 @@ _ENGINE_GRACE_S = 3.0
 _TRACKER_S = 3.0
 # As pyproject.toml names it.
 _PLUGIN = "splitwiser_die_with_parent"
+# What to do where `known_to_vllm` says no.
+MAKE_KNOWN = "install it into this Python with `pip install -e .`, or clear VLLM_PLUGINS"
 
 
 def new_run_id() -> str:

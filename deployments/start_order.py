@@ -12,6 +12,11 @@ from pathlib import Path
 _ASK_AGAIN_S = 0.2
 
 
+def together(start: str, safe: bool) -> bool:
+    """Whether engines need no turns: `start` as in the configuration; with `auto`, where it is `safe`."""
+    return start == "together" or (start == "auto" and safe)
+
+
 @contextlib.asynccontextmanager
 async def turn(path: Path) -> AsyncIterator[None]:
     """Hold the node's start turn. The kernel gives it back when the holder dies, so a crash never blocks the others."""

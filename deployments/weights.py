@@ -45,7 +45,7 @@ def why_private(config: Mapping[str, Any], engine: Mapping[str, Any]) -> str | N
     Only what is known without loading: the loader looks again at the model itself.
     """
     if not processes.known_to_vllm():
-        return "vLLM does not know splitwiser-serve's loader; install it with `pip install -e .`, or clear VLLM_PLUGINS"
+        return f"vLLM does not know splitwiser-serve's loader; {processes.MAKE_KNOWN}"
     if config.get("quantization_config") or engine.get("quantization"):
         return "a quantized model's layers repack their weights in each engine"
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):

@@ -143,7 +143,7 @@ def start(config: Path, port: int, log: Path, *flags: str) -> System:
 
 
 def _let_clients_go_first(session: int) -> None:
-    """Where it groups processes by session (autogroup), Linux 6.18 kept a client waiting for up to 9 s beside the busy
+    """Where it groups processes by session (autogroup), Linux 6.18 kept a client waiting for seconds beside the busy
     engines of another session: streams were over before a test had seen their first token."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{session}/autogroup").write_text("19")
